@@ -12,15 +12,14 @@ import numpy as np
 
 # %% ../../nbs/data/05_scores.ipynb #5bd800aa
 def _blur(x: np.ndarray, sigma: float) -> np.ndarray:
-    "Gaussian of `sigma` pixels over five taps along the last two axes, edges mirrored; float32."
+    "Gaussian of `sigma` pixels over five taps along the last two axes, only where all taps fall inside: (..., H + 4, W + 4) -> (..., H, W)."
     t = np.exp(-0.5 * (np.arange(3, dtype=np.float32) / sigma) ** 2)
     t /= t[0] + 2 * t[1] + 2 * t[2]
-    for axis in (-2, -1):
-        n, p = x.shape[axis], np.take(x, _mirror(x.shape[axis]), axis).swapaxes(axis, 0)
-        y = p[2 : n + 2] * t[0]
-        y += (p[1 : n + 1] + p[3 : n + 3]) * t[1]
-        y += (p[:n] + p[4:]) * t[2]
-        x = y.swapaxes(axis, 0)
+    for at in (lambda i, j: (..., slice(i, j), slice(None)), lambda i, j: (..., slice(i, j))):     # down, then across
+        y, pair = x[at(2, -2)] * t[0], x[at(1, -3)] + x[at(3, -1)]
+        y += np.multiply(pair, t[1], out=pair)
+        y += np.multiply(np.add(x[at(0, -4)], x[at(4, None)], out=pair), t[2], out=pair)
+        x = y
     return x
 
 def _mirror(n: int) -> np.ndarray:
@@ -36,12 +35,14 @@ def frame_motion(luma: np.ndarray, sigma: float = 1.0) -> np.ndarray:
     frames. Report 2.1.2.
     """
     if luma.ndim != 3 or len(luma) < 2: raise ValueError(f"motion needs (T >= 2, H, W), got {luma.shape}")
-    group = max(1, 2**18 // luma[0].size)                                 # about a megabyte of float32: stays in the cache
-    motion = np.zeros(len(luma))
-    for k in range(1, len(luma), group):
-        x = luma[k - 1 : k + group].astype(np.float32)
-        motion[k : k + group] = np.abs(_blur(np.diff(x, axis=0), sigma)).mean((1, 2), dtype=np.float64)
-    return motion
+    (T, H, W), rows, columns = luma.shape, _mirror(luma.shape[1]), _mirror(luma.shape[2])
+    group, stripe = max(1, 2**16 // (H * W)), max(16, 2**16 // W)        # frames and rows at a time
+    motion = np.zeros(T)
+    for k in range(1, T, group):
+        for r in range(0, H, stripe):
+            x = luma[k - 1 : k + group].take(rows[r : r + stripe + 4], 1).take(columns, 2).astype(np.float32)
+            motion[k : k + group] += np.abs(_blur(x[1:] - x[:-1], sigma)).sum((1, 2), dtype=np.float64)
+    return motion / (H * W)
 
 def motion_score(luma: np.ndarray) -> float:
     "FFmpeg's VMAF motion of a clip `(T, H, W)`: the mean of `frame_motion`, in grey levels per frame."
