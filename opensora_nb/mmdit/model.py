@@ -282,6 +282,7 @@ def _published_config(path: Path) -> MMDiTConfig:
 
 def _difference(wanted: dict[str, tuple], found: dict[str, tuple]) -> str:
     "Empty if names and shapes agree; else the first disagreement in words."
-    for name in wanted.keys() - found.keys(): return f"{name} {wanted[name]} is missing ({len(wanted.keys() - found.keys())} such names)"
-    for name in found.keys() - wanted.keys(): return f"{name} {found[name]} has no place ({len(found.keys() - wanted.keys())} such names)"
+    missing, extra = [n for n in wanted if n not in found], [n for n in found if n not in wanted]
+    if missing: return f"{missing[0]} {wanted[missing[0]]} is missing ({len(missing)} such names)"
+    if extra: return f"{extra[0]} {found[extra[0]]} has no place ({len(extra)} such names)"
     return next((f"{n} is {found[n]}, expected {wanted[n]}" for n in wanted if wanted[n] != found[n]), "")

@@ -1,0 +1,37 @@
+"Options of the test-suite, and what it says at the end."
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+
+class Tally(Counter):
+    "How many cases, arrays, ... of a family of reference values were compared; `not_yet` counts what was left out, by reason."
+    def __init__(self):
+        super().__init__()
+        self.not_yet = Counter()
+
+GOLDEN = pytest.StashKey[dict]()          # family -> Tally, filled by test_golden.py
+
+
+def pytest_addoption(parser):
+    parser.addoption("--golden", metavar="DIR", default=None,
+                     help="folder of reference values for test_golden.py (default: tests/golden)")
+
+
+def pytest_configure(config):
+    config.stash[GOLDEN] = defaultdict(Tally)
+    if given := config.getoption("--golden"):
+        if not Path(given).is_dir(): raise pytest.UsageError(f"--golden {given}: no such folder; give one with <family>.json and .npz files")
+        if not any(Path(given).glob("*.json")): raise pytest.UsageError(f"--golden {given}: no reference values (*.json) in this folder")
+
+
+@pytest.fixture(scope="session")
+def golden_tally(request): return request.config.stash[GOLDEN]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not (tallies := config.stash[GOLDEN]): return
+    terminalreporter.section("golden values")
+    for family, t in sorted(tallies.items()):
+        if t: terminalreporter.write_line(f"{family}: compared " + ", ".join(f"{n} {what}" for what, n in t.items()))
+        for why, n in t.not_yet.items(): terminalreporter.write_line(f"{family}: left out {n}, not yet built: {why}")
