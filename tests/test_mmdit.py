@@ -123,6 +123,7 @@ def test_bfloat16_and_autocast_stay_near_float32():
     low = grown(SMALL).to(torch.bfloat16)(**given)
     for other in (auto, low): assert (other.float() - out).norm() < 0.03 * out.norm()
     assert low.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16): assert model(**given | dict(cond=None)).dtype == torch.bfloat16     # the stream stays narrow without an image, too
 
 @torch.no_grad()
 def test_ids_may_have_a_batch_dimension():

@@ -224,7 +224,7 @@ class MMDiT(nn.Module):
         if cond is not None and not cfg.cond_embed: raise ValueError("this model has no image condition (cond_embed is off): leave cond out")
 
         x, txt = self.img_in(img.to(dtype)), self.txt_in(txt.to(dtype))
-        if cfg.cond_embed: x = x + (self.cond_in.bias if cond is None else self.cond_in(cond.to(dtype)))
+        if cfg.cond_embed: x = x + (self.cond_in.bias.to(x.dtype) if cond is None else self.cond_in(cond.to(dtype)))
         vec = self.time_in(timestep_embedding(timesteps).to(dtype)) + self.vector_in(y_vec.to(dtype))
         if cfg.guidance_embed: vec = vec + self.guidance_in(timestep_embedding(guidance).to(dtype))
         rope = rope_table(torch.cat([txt_ids, img_ids], -2), cfg.axes_dim, cfg.theta, cfg.rope_layout)
