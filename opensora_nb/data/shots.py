@@ -19,8 +19,8 @@ from .video import VideoInfo, h264_stream, iter_frames, luma_plane, open_video
 # %% ../../nbs/data/04_shots.ipynb #efebe3c1
 @dataclass(frozen=True)
 class ShotConfig:
-    "How films become clips. Defaults are the report's, thresholds FFmpeg's."
-    cut_threshold: float = 10.0    # scene score, 0 to 100, from which on a frame begins a new shot
+    "How films become clips. Lengths, rates and sizes are the report's; it does not give its thresholds."
+    cut_threshold: float = 5.0     # scene score, 0 to 100, from which on a frame begins a new shot; FFmpeg suggests 8 to 14
     max_clip_s: float = 8.0        # seconds; longer shots are divided
     min_clip_s: float = 2.0        # seconds; shorter shots and remainders are dropped
     max_fps: float = 30.0          # frames per second of the clips
@@ -56,9 +56,10 @@ def survey(path: str | Path) -> Survey:
     return Survey(np.array(times), np.array(scores), np.array(rows), np.array(columns))
 
 # %% ../../nbs/data/04_shots.ipynb #2a5dd617
-def find_cuts(scores: np.ndarray, threshold: float = 10.0) -> list[int]:
-    "Indices of the frames that begin a new shot, without 0."
-    return [int(k) for k in np.flatnonzero(scores >= threshold) if k > 0]
+def find_cuts(scores: np.ndarray, threshold: float = 5.0) -> list[int]:
+    "Indices of the frames that begin a new shot, without 0: peaks of the scene score at or above the threshold."
+    before, after = np.append(np.inf, scores[:-1]), np.append(scores[1:], -np.inf)
+    return [int(k) for k in np.flatnonzero((scores >= threshold) & (scores > before) & (scores >= after))]
 
 # %% ../../nbs/data/04_shots.ipynb #083d1b40
 class Span(NamedTuple):
