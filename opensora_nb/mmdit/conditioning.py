@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'HEAD_ONLY', 'ALL_KINDS', 'DROP_TEXT', 'pack', 'unpack', 'position_ids', 'text_ids', 'image_condition',
-           'sample_condition_kind', 'sample_condition_kinds', 'reference_latents', 'drop_text', 'model_inputs',
-           'image_size', 'round_size', 'latent_frames', 'noise_shape']
+           'reference_latents', 'training_condition', 'sample_condition_kinds', 'sample_condition_kind', 'drop_text',
+           'model_inputs', 'image_size', 'round_size', 'latent_frames', 'noise_shape']
 
 # %% ../../nbs/mmdit/04_conditioning.ipynb #9d92fe89
 import math
@@ -33,28 +33,29 @@ def unpack(tokens: Tensor, T: int, H: int, W: int, patch: int = 1) -> Tensor:
 # %% ../../nbs/mmdit/04_conditioning.ipynb #b6eda053
 def position_ids(T: int, H: int, W: int, patch: int = 1) -> Tensor:
     "Where each token of a latent of T x H x W sits: `(L, 3)`, (t, h, w) counted in patches from 0, as floats, in the order of `pack`."
-    return torch.cartesian_prod(torch.arange(T), torch.arange(H // patch), torch.arange(W // patch)).float().view(-1, 3)
+    return torch.cartesian_prod(torch.arange(T), torch.arange(H // patch), torch.arange(W // patch)).float()
 
 def text_ids(tokens: int) -> Tensor:
     "Positions of text tokens, `(tokens, 3)`: all (0, 0, 0)."
     return torch.zeros(tokens, 3)
 
-# %% ../../nbs/mmdit/04_conditioning.ipynb #98df4d7f
+# %% ../../nbs/mmdit/04_conditioning.ipynb #f30d79cd
 KINDS = dict(t2v=(), i2v_head=(0,), i2v_tail=(-1,), i2v_loop=(0, -1))    # which latent frames each kind is given
 
-def image_condition(latent_shape: Sequence[int], refs: Mapping[int, Tensor], kind: str | Sequence[str]) -> Tensor:
+def image_condition(latent_shape: Sequence[int], refs: Mapping[int, Tensor], kind: str | Sequence[str],
+                    dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Tensor:
     """Mask, then given frames: `(B, 1 + C, T', H', W')`, zero wherever nothing is given. The mask is 1 in a given frame.
 
     latent_shape: (B, C, T', H', W'). refs: latent images `(B, C, H', W')` or `(B, C, 1, H', W')` by the latent frame that they are,
     0 the first and -1 the last; rows and entries that no kind asks for are not looked at. kind: one of KINDS for all rows, or one for each row.
-    A latent of a single frame is given nothing: it would be the whole clip.
+    dtype, device: those of refs by default. A latent of a single frame is given nothing.
     """
     B, C, T, H, W = latent_shape
     kinds = [kind] * B if isinstance(kind, str) else list(kind)
     if len(kinds) != B: raise ValueError(f"{len(kinds)} kinds for a batch of {B}")
     if unknown := set(kinds) - KINDS.keys(): raise ValueError(f"unknown condition kinds {sorted(unknown)}; known are {list(KINDS)}")
     like = next(iter(refs.values()), torch.empty(0))
-    cond = torch.zeros(B, 1 + C, T, H, W, dtype=like.dtype, device=like.device)
+    cond = torch.zeros(B, 1 + C, T, H, W, dtype=dtype or like.dtype, device=device or like.device)
     if T == 1: return cond
     for row, name in enumerate(kinds):
         for frame in KINDS[name]:
@@ -63,27 +64,12 @@ def image_condition(latent_shape: Sequence[int], refs: Mapping[int, Tensor], kin
             cond[row, 1:, frame] = refs[frame][row].reshape(C, H, W)
     return cond
 
-# %% ../../nbs/mmdit/04_conditioning.ipynb #e0dc8984
-HEAD_ONLY = dict(t2v=1, i2v_head=7)                               # high compression: 12.5% without an image
-ALL_KINDS = dict(t2v=1, i2v_head=5, i2v_loop=1, i2v_tail=1)       # the stages on the 8x autoencoder: again 12.5%
-
-def sample_condition_kind(generator: torch.Generator | None = None, weights: Mapping[str, float] = HEAD_ONLY) -> str:
-    "One of the kinds, drawn by weight (they need not add up to 1)."
-    return sample_condition_kinds(1, generator, weights)[0]
-
-def sample_condition_kinds(n: int, generator: torch.Generator | None = None, weights: Mapping[str, float] = HEAD_ONLY) -> list[str]:
-    "A kind for each of n samples, drawn independently; a short clip in the batch changes nothing for the others."
-    if unknown := set(weights) - KINDS.keys(): raise UserError(f"unknown condition kinds {sorted(unknown)} in the weights; known are {', '.join(KINDS)}")
-    names = list(weights)
-    drawn = torch.multinomial(torch.tensor([float(weights[k]) for k in names]), n, replacement=True, generator=generator)
-    return [names[i] for i in drawn.tolist()]
-
-# %% ../../nbs/mmdit/04_conditioning.ipynb #f30d79cd
+# %% ../../nbs/mmdit/04_conditioning.ipynb #7b93d993
 def reference_latents(video: Tensor, kinds: Sequence[str], encode: Callable[[Tensor], Tensor]) -> dict[int, Tensor]:
-    """Latent images that a batch's kinds ask for, by latent frame, as `image_condition` takes them; rows that ask for none are zero.
+    """Latent images `(B, C, 1, H', W')` that a batch's kinds ask for, by latent frame, as `image_condition` takes them; rows that ask for none are zero.
 
-    video: `(B, 3, T, H, W)`. encode: the autoencoder's, given the wanted frames of all rows as one batch of single images `(n, 3, 1, H, W)`.
-    The given image is encoded alone, as at inference, where nothing else of the clip exists yet.
+    video: `(B, 3, T, H, W)`. encode: the autoencoder's, called once with the wanted frames of all rows as a batch of single images `(n, 3, 1, H, W)`,
+    or not at all.
     """
     wanted = [(row, frame) for row, kind in enumerate(kinds) for frame in KINDS[kind]]
     if not wanted or video.shape[2] == 1: return {}
@@ -92,20 +78,44 @@ def reference_latents(video: Tensor, kinds: Sequence[str], encode: Callable[[Ten
     for (row, frame), image in zip(wanted, images): refs[frame][row] = image
     return refs
 
-# %% ../../nbs/mmdit/04_conditioning.ipynb #43137ec2
-DROP_TEXT = math.sqrt(0.1)      # of each encoder, independently: in 10% of the samples no text is left at all
+# %% ../../nbs/mmdit/04_conditioning.ipynb #58eb0ba2
+def training_condition(video: Tensor, latent: Tensor, kinds: Sequence[str], encode: Callable[[Tensor], Tensor]) -> Tensor:
+    "Condition `(B, 1 + C, T', H', W')` of a training batch whose latent is `latent`: its own first and last frames, encoded as single images, where its kinds say so."
+    return image_condition(latent.shape, reference_latents(video, kinds, encode), kinds, latent.dtype, latent.device)
+
+# %% ../../nbs/mmdit/04_conditioning.ipynb #46c24246
+HEAD_ONLY = dict(t2v=1, i2v_head=7)                               # high compression
+ALL_KINDS = dict(t2v=1, i2v_head=5, i2v_loop=1, i2v_tail=1)       # the image-to-video stages on the 8x autoencoder
+
+def sample_condition_kinds(n: int, generator: torch.Generator | None = None, weights: Mapping[str, float] = HEAD_ONLY) -> list[str]:
+    """A kind for each of n samples, drawn independently by weight (weights need not add up to 1).
+
+    Raises UserError for a kind that nobody knows, and for weights that are negative or all zero.
+    """
+    if unknown := sorted(weights.keys() - KINDS.keys()): raise UserError(f"unknown condition kinds {', '.join(unknown)}; known are {', '.join(KINDS)}")
+    if min(weights.values(), default=0) < 0 or sum(weights.values()) <= 0: raise UserError(f"weights of condition kinds must not be negative, and not all zero: {dict(weights)}")
+    names = list(weights)
+    share = torch.tensor([float(weights[k]) for k in names], device=generator.device if generator else "cpu")
+    return [names[i] for i in torch.multinomial(share, n, replacement=True, generator=generator).tolist()]
+
+def sample_condition_kind(generator: torch.Generator | None = None, weights: Mapping[str, float] = HEAD_ONLY) -> str:
+    "A kind for one sample, drawn by weight."
+    return sample_condition_kinds(1, generator, weights)[0]
+
+# %% ../../nbs/mmdit/04_conditioning.ipynb #74b92732
+DROP_TEXT = math.sqrt(0.1)      # of each encoding, independently: in 10% of the samples no text is left
 
 def drop_text(tokens: Tensor, pooled: Tensor, null_tokens: Tensor, null_pooled: Tensor, p: float = DROP_TEXT,
               generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Text with each of its two encodings replaced by that of the empty prompt, each with probability p and independently, per sample.
+    """Tokens and pooled vector, each replaced by that of the empty text with probability p, independently and per sample.
 
-    tokens: `(B, L, D)`. pooled: `(B, P)`. null_tokens, null_pooled: of the empty prompt, `(1, L0, D)` and `(1, P)`; shorter null tokens are extended by
+    tokens: `(B, L, D)`. pooled: `(B, P)`. null_tokens, null_pooled: of the empty text, `(1, L0, D)` and `(1, P)`; null tokens that are too few are extended by
     repeating the last one.
     """
     if (short := tokens.shape[1] - null_tokens.shape[1]) > 0: null_tokens = torch.cat([null_tokens, null_tokens[:, -1:].expand(-1, short, -1)], 1)
-    u = torch.rand(2, len(tokens), generator=generator, device=generator.device if generator else None).to(tokens.device)
-    return (torch.where((u[0] < p)[:, None, None], null_tokens[:, : tokens.shape[1]].to(tokens), tokens),
-            torch.where((u[1] < p)[:, None], null_pooled.to(pooled), pooled))
+    gone = torch.rand(2, len(tokens), generator=generator, device=generator.device if generator else "cpu").to(tokens.device) < p
+    return (torch.where(gone[0, :, None, None], null_tokens[:, : tokens.shape[1]].to(tokens), tokens),
+            torch.where(gone[1, :, None], null_pooled.to(pooled), pooled))
 
 # %% ../../nbs/mmdit/04_conditioning.ipynb #6c782098
 def model_inputs(x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor, cond: Tensor | None = None, patch: int = 1) -> dict[str, Tensor]:
@@ -118,28 +128,28 @@ def model_inputs(x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor, cond: T
     if cond is not None: inputs["cond"] = pack(cond, patch)
     return inputs
 
-# %% ../../nbs/mmdit/04_conditioning.ipynb #2e88cf42
+# %% ../../nbs/mmdit/04_conditioning.ipynb #59cb9e5a
 def image_size(resolution: str = "256px", aspect_ratio: str = "16:9", multiple: int = 16) -> tuple[int, int]:
     """Height and width in pixels of a clip with about the area that `resolution` names, both multiples of `multiple`, rounded down.
 
     resolution: "256px" is the area of a 256 x 256 square, "720p" that of a 16:9 picture 720 high. aspect_ratio: "width:height".
-    The first side is rounded, then the second fills the area: width first for landscape; portrait is landscape turned.
+    Width first for landscape; portrait is landscape turned.
     """
     try:
         side = int(resolution.removesuffix("px").removesuffix("p"))
         across, down = (float(part) for part in aspect_ratio.split(":"))
         pixels = side ** 2 if resolution.endswith("px") else side ** 2 * 16 / 9
         turned = across < down
-        if {across, down} == {5, 8}: turned = not turned       # the release's one pair of ratios that is listed the other way round
-        ratio = down / across if turned else across / down
-        first = int(math.sqrt(pixels * ratio) / multiple) * multiple
+        if {across, down} == {5, 8}: turned = not turned       # the release lists this one pair the other way round
+        first = int(math.sqrt(pixels * (down / across if turned else across / down)) / multiple) * multiple
         second = int(pixels / first / multiple) * multiple
-        return (first, second) if turned else (second, first)
-    except (ValueError, ZeroDivisionError) as e:
-        raise UserError(f"cannot read the size {resolution!r} at {aspect_ratio!r}: write a resolution like 256px or 720p and an aspect ratio like 16:9") from e
+    except (ValueError, ZeroDivisionError, OverflowError) as e:
+        raise UserError(f"cannot make a size of {resolution!r} at {aspect_ratio!r}: write a resolution like 256px or 720p and a ratio like 16:9") from e
+    if second < multiple: raise UserError(f"{resolution} at {aspect_ratio} is too small or too narrow for multiples of {multiple} pixels")
+    return (first, second) if turned else (second, first)
 
 def round_size(height: int, width: int, multiple: int = 16) -> tuple[int, int]:
-    "The next larger height and width that are multiples of `multiple`."
+    "The next height and width upwards that are multiples of `multiple`."
     return math.ceil(height / multiple) * multiple, math.ceil(width / multiple) * multiple
 
 # %% ../../nbs/mmdit/04_conditioning.ipynb #1f96bbdb
@@ -153,4 +163,4 @@ def noise_shape(height: int, width: int, latent_frames: int, channels: int, patc
     pixels_per_token: side of the square of pixels that one token stands for: 16 with an 8x autoencoder and patch 2, 32 with the high-compression one and patch 1.
     """
     height, width = round_size(height, width)
-    return (batch, channels, latent_frames, patch * math.ceil(height / pixels_per_token), patch * math.ceil(width / pixels_per_token))
+    return batch, channels, latent_frames, patch * math.ceil(height / pixels_per_token), patch * math.ceil(width / pixels_per_token)
