@@ -35,7 +35,7 @@ def test_each_command_tells_its_options(name):
 @pytest.mark.parametrize("name", THERE)
 def test_an_unknown_option_is_a_usage_error(name):
     r = osnb(name, "--no-such-option", 3)
-    assert r.returncode == 2 and "--no-such-option" in r.stderr and "Traceback" not in r.stderr
+    assert r.returncode == 2 and f"osnb {name} --help" in r.stderr and "Traceback" not in r.stderr      # a missing argument may be named first
 
 @pytest.mark.skipif("curate" not in THERE, reason="curate is not part of this installation")
 def test_curating_a_missing_folder_is_one_line_and_writes_nothing(tmp_path):
