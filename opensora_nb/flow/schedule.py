@@ -17,7 +17,7 @@ def shift(t: Tensor | float, alpha: float) -> Tensor | float:
     t: a number or a tensor in [0, 1]. alpha: from `shift_alpha`, above 0.
     """
     if alpha <= 0: raise ValueError(f"alpha must be above 0, got {alpha}")
-    return alpha * t / (1 + (alpha - 1) * t)
+    return alpha * t / (alpha * t + (1 - t))       # the same, and exactly 1 at t = 1
 
 # %% ../../nbs/flow/01_schedule.ipynb #d6ff1588
 def linear_scale(tokens_per_frame: float, low: float = 1.0, high: float = 3.0, low_tokens: float = 256, high_tokens: float = 4096) -> float:
