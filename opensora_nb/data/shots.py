@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 import av, numpy as np
 from ..cluster.files import whole
-from .video import VideoInfo, h264_stream, iter_frames, luma_plane, open_video
+from .video import VideoError, VideoInfo, h264_stream, iter_frames, luma_plane, open_video
 
 # %% ../../nbs/data/04_shots.ipynb #efebe3c1
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ShotConfig:
     min_clip_s: float = 2.0        # seconds; shorter shots and remainders are dropped
     max_fps: float = 30.0          # frames per second of the clips
     max_side: int = 1080           # pixels of the longer side of the clips
-    border_level: float = 24.0     # luma; rows and columns that are darker on average, in all frames, are border
+    border_level: float = 24.0     # luma; rows and columns that are darker on average, in all frames looked at, are border
     crf: int = 18                  # quality of the clips, 0 (lossless) to 51
 
     def __post_init__(self):
@@ -34,26 +34,31 @@ class ShotConfig:
 
 # %% ../../nbs/data/04_shots.ipynb #15ae6900
 class Survey(NamedTuple):
-    "What one pass over a film leaves behind; T frames."
+    "What one pass over a film leaves behind; T frames, of which S are looked at for borders."
     times: np.ndarray      # (T,) seconds since the first frame
     scores: np.ndarray     # (T,) scene scores, 0 to 100
-    rows: np.ndarray       # (T, H) mean luma of each row, as stored
-    columns: np.ndarray    # (T, W) mean luma of each column
+    looks: np.ndarray      # (S,) indices of frames, about four a second
+    rows: np.ndarray       # (S, H) mean luma of each row, as stored
+    columns: np.ndarray    # (S, W) mean luma of each column
 
 def survey(path: str | Path) -> Survey:
     "Decodes a file once. Raises VideoError where it is broken."
-    times, scores, rows, columns = [], [], [], []
+    times, scores, looks, rows, columns, size = [], [], [], [], [], None
     with open_video(path) as (container, stream):
+        fps = float(stream.average_rate or 24)
         graph = av.filter.Graph()
         source, scdet, sink = graph.add_buffer(template=stream), graph.add("scdet", "threshold=100"), graph.add("buffersink")
         source.link_to(scdet); scdet.link_to(sink); graph.configure()
-        for frame in container.decode(stream):
+        for k, frame in enumerate(container.decode(stream)):
+            size = size or (frame.height, frame.width)
+            if (frame.height, frame.width) != size: raise VideoError(path, "broken", f"the picture changes its size in frame {k}")
             graph.push(frame)
             scores.append(float(graph.pull().metadata["lavfi.scd.score"]))
-            luma = luma_plane(frame)
-            rows.append(luma.mean(1, dtype=np.float32)); columns.append(luma.mean(0, dtype=np.float32))
-            times.append(float((frame.pts - (stream.start_time or 0)) * stream.time_base) if frame.pts is not None else len(times) / float(stream.average_rate))
-    return Survey(np.array(times), np.array(scores), np.array(rows), np.array(columns))
+            times.append(float((frame.pts - (stream.start_time or 0)) * stream.time_base) if frame.pts is not None else k / fps)
+            if k % max(1, round(fps / 4)) == 0:
+                luma = luma_plane(frame)
+                looks.append(k); rows.append(luma.mean(1, dtype=np.float32)); columns.append(luma.mean(0, dtype=np.float32))
+    return Survey(*map(np.array, (times, scores, looks, rows, columns)))
 
 # %% ../../nbs/data/04_shots.ipynb #2a5dd617
 def find_cuts(scores: np.ndarray, threshold: float = 5.0) -> list[int]:
