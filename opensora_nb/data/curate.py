@@ -16,7 +16,7 @@ import av, polars as pl
 from tqdm import tqdm
 from ..cluster.files import UserError, existing, whole
 from .filters import FilterConfig, technical_reason
-from .manifest import REASONS, write_manifest
+from .manifest import write_manifest
 from .scores import MotionRange, file_motion, motion_reason
 from .shots import ShotConfig, Span, Survey, cut_clip, find_box, find_cuts, split_shots, survey
 from .video import VideoError, VideoInfo, probe

@@ -13,7 +13,7 @@ import av, numpy as np, polars as pl
 from tqdm import tqdm
 from ..cluster.files import UserError, existing, whole
 from .video import write_video
-from .world import FPS, Truth, caption, render, sample_truth
+from .world import FPS, caption, render, sample_truth
 
 # %% ../../nbs/data/06_footage.ipynb #a63bac8c
 def _film(rng: np.random.Generator, lengths: list[int], size: int, scores: list[float] | None = None) -> tuple[np.ndarray, list[dict]]:

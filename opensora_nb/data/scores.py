@@ -23,9 +23,9 @@ def _blur(x: np.ndarray, sigma: float) -> np.ndarray:
     return x
 
 def _mirror(n: int) -> np.ndarray:
-    "Indices of an axis of length n with two mirrored pixels on each side; the edge itself is not repeated."
+    "Indices of an axis of length n with two mirrored pixels on each side: from the first pixel's neighbour, but from the last pixel itself. So FFmpeg has it."
     i = np.abs(np.arange(-2, n + 2))
-    return np.clip(np.where(i < n, i, 2 * (n - 1) - i), 0, n - 1)
+    return np.clip(np.where(i < n, i, 2 * n - 1 - i), 0, n - 1)
 
 # %% ../../nbs/data/05_scores.ipynb #18f935cf
 def frame_motion(luma: np.ndarray, sigma: float = 1.0) -> np.ndarray:

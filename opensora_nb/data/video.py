@@ -27,28 +27,42 @@ class VideoError(UserError):
     def __reduce__(self): return VideoError, (self.path, self.reason)     # worker processes send it home
 
 # %% ../../nbs/data/02_video.ipynb #a1435c8a
-def _diagnose(path: Path) -> str:
-    "The reason why FFmpeg cannot open a file that is there and not empty."
+def _missing_bytes(path: Path) -> int:
+    "How many bytes the last box of an mp4 or mov file lacks; 0 for a whole file and for other containers."
+    size, at = path.stat().st_size, 0
+    with open(path, "rb") as file:
+        while at + 8 <= size:
+            file.seek(at); head = file.read(16)
+            length, name = int.from_bytes(head[:4], "big"), head[4:8]
+            if length == 1: length = int.from_bytes(head[8:16], "big")       # 1: the length has 64 bits; 0: up to the end
+            if length < 8 or not name.isalnum() or (at == 0 and name != b"ftyp"): return 0
+            at += length
+    return max(0, at - size)
+
+def _is_text(path: Path) -> bool:
+    "Whether the first bytes of a file are readable characters and nothing else."
     with open(path, "rb") as file: head = file.read(2048)
-    if head[4:8] == b"ftyp": return "truncated"
     try: text = head.decode()
-    except UnicodeDecodeError as error: text = head[:error.start].decode() if error.start > 2040 else "\0"     # a character cut in two at the end
-    return "foreign" if all(c.isprintable() or c.isspace() for c in text) else "broken"
+    except UnicodeDecodeError as error: text = head[: error.start].decode() if error.start > 2040 else "\0"     # a character cut in two at the end
+    return all(c.isprintable() or c.isspace() for c in text)
 
 # %% ../../nbs/data/02_video.ipynb #a6319b05
 @contextmanager
 def open_video(path: str | Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """The opened file and its first video stream; local files only. Raises VideoError, also for errors while decoding inside the block."""
+    "The opened file and its first video stream; local files only. Raises VideoError, also for errors while decoding inside the block."
     path = Path(path)
-    try: size = path.stat().st_size
+    try: size, missing = path.stat().st_size, _missing_bytes(path)
     except OSError as error: raise VideoError(path, "unreadable", error.strerror) from error
     if not size: raise VideoError(path, "empty")
+    if missing: raise VideoError(path, "truncated", f"{missing} bytes are missing")
     try: container = av.open(str(path), options={"protocol_whitelist": "file"}, metadata_errors="replace")
     except OSError as error: raise VideoError(path, "unreadable", error.strerror) from error
-    except av.error.FFmpegError as error: raise VideoError(path, _diagnose(path)) from error
+    except av.error.FFmpegError as error:
+        with open(path, "rb") as file: is_mp4 = file.read(8)[4:] == b"ftyp"
+        raise VideoError(path, "foreign" if _is_text(path) else "truncated" if is_mp4 else "broken") from error
     with container:
         if container.format.name == "tty": raise VideoError(path, "foreign")        # FFmpeg can play text files as terminal art
-        if not container.streams.video: raise VideoError(path, "streamless")
+        if not container.streams.video: raise VideoError(path, "foreign" if _is_text(path) else "streamless")
         try: yield container, container.streams.video[0]
         except av.error.FFmpegError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EPIPE): raise      # somebody else's trouble: a file being written meanwhile
@@ -121,10 +135,7 @@ def probe(path: str | Path) -> VideoInfo:
 def _measure(container: av.container.InputContainer, stream: av.VideoStream, path: Path) -> tuple[int, int, float]:
     "Frames, bytes and end in seconds of the stream: from the index if it is complete, else by reading all packets."
     index = list(stream.index_entries)
-    if stream.frames and len(index) == stream.frames:
-        missing = max(e.pos + e.size for e in index) - path.stat().st_size
-        if missing > 0: raise VideoError(path, "truncated", f"{missing} bytes are missing")
-        return len(index), sum(e.size for e in index), float("inf")
+    if stream.frames and len(index) == stream.frames and all(e.size for e in index): return len(index), sum(e.size for e in index), float("inf")
     container.seek(0)
     packets = [(p.size, p.pts, p.duration or 0) for p in container.demux(stream) if p.size]
     if not packets: raise VideoError(path, "broken", "no data")

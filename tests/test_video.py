@@ -1,0 +1,181 @@
+"Video files as they are found: read right, or refused with the right word."
+import threading
+from fractions import Fraction
+from http.server import BaseHTTPRequestHandler, HTTPServer
+import av, numpy as np, pytest
+from hypothesis import given, settings, strategies as st
+from opensora_nb.cluster.files import UserError
+from opensora_nb.data.manifest import REASONS
+from opensora_nb.data.shots import ShotConfig, cut_clip, find_cuts, output_fps, output_size, split_shots, survey
+from opensora_nb.data.video import VideoError, decode, probe, read_luma, resize_crop, write_video
+
+def moving(frames=48, height=64, width=96, seed=0):
+    "A bright square that crosses a textured ground, one pixel a frame."
+    ground = np.random.default_rng(seed).integers(60, 160, (height // 4, width // 4, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+    clip = np.repeat(ground[None], frames, 0)
+    for k in range(frames): clip[k, 20:36, k % (width - 16) : k % (width - 16) + 16] = 250
+    return clip
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory): return write_video(tmp_path_factory.mktemp("film") / "film.mp4", moving())
+
+def remux(source, target, **options):
+    with av.open(str(source)) as i, av.open(str(target), "w", **options) as o:
+        stream = o.add_stream_from_template(i.streams.video[0])
+        for packet in i.demux(video=0):
+            if packet.dts is not None: packet.stream = stream; o.mux(packet)
+    return target
+
+def reason(path):
+    with pytest.raises(VideoError) as error: probe(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value) and isinstance(error.value, UserError)
+    assert error.value.reason in REASONS
+    return error.value.reason
+
+def test_what_is_written_is_read_again(film):
+    info = probe(film)
+    assert (info.codec, info.num_frames, info.height, info.width, info.fps, info.duration_s) == ("h264", 48, 64, 96, 24, 2)
+    assert np.abs(decode(film).astype(int) - moving()).mean() < 5            # crf 18, and colours of half the resolution
+    assert np.isclose(info.bpp, info.bit_rate * 2 / (48 * 64 * 96))
+
+def test_bits_per_pixel_counts_the_streams_bytes(film):
+    with av.open(str(film)) as container: size = sum(p.size for p in container.demux(video=0))
+    assert probe(film).bpp == 8 * size / (48 * 64 * 96)
+
+@pytest.mark.parametrize("suffix", ["mkv", "mov", "ts"])
+def test_containers_without_a_full_index_are_measured_alike(film, tmp_path, suffix):
+    other, info = probe(remux(film, tmp_path / f"film.{suffix}")), probe(film)
+    assert (other.num_frames, other.height, other.fps) == (48, 64, 24) and abs(other.duration_s - 2) < 0.1
+    assert other.bpp == pytest.approx(info.bpp, rel=0.06)                      # packaging differs by a few bytes a frame
+
+@pytest.mark.parametrize("content, word", [(b"", "empty"), (b"# notes\n- milk\n", "foreign"), ("für später\n".encode() * 500, "foreign"), (bytes(range(256)) * 20, "broken"),
+                                           (b"\x00\x00\x00\x20ftypisom" + b"\x00" * 500, "truncated")])
+def test_what_is_no_video_has_a_word(tmp_path, content, word):
+    (tmp_path / "clip.mp4").write_bytes(content)
+    assert reason(tmp_path / "clip.mp4") == word
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("front", [True, False])
+def test_truncated_files_are_found_wherever_the_index_is(film, tmp_path, share, front):
+    data = remux(film, tmp_path / "whole.mp4", options={"movflags": "+faststart"} if front else {}).read_bytes()
+    (tmp_path / "half.mp4").write_bytes(data[: int(len(data) * share)])
+    assert reason(tmp_path / "half.mp4") == "truncated"
+
+def test_a_truncated_mkv_is_found_by_its_missing_seconds(film, tmp_path):
+    data = remux(write_video(tmp_path / "long.mp4", moving(240)), tmp_path / "long.mkv").read_bytes()
+    (tmp_path / "half.mkv").write_bytes(data[: len(data) // 2])
+    assert reason(tmp_path / "half.mkv") == "truncated"
+
+def test_files_that_cannot_be_opened(tmp_path):
+    (tmp_path / "folder.mp4").mkdir()
+    assert reason(tmp_path / "missing.mp4") == "unreadable" == reason(tmp_path / "folder.mp4")
+
+def test_damage_in_the_middle_is_an_error_or_a_picture_but_never_a_hang(film, tmp_path):
+    data, rng = film.read_bytes(), np.random.default_rng(0)
+    for _ in range(20):
+        start = int(rng.integers(0, len(data) - 300))
+        (tmp_path / "damaged.mp4").write_bytes(data[:start] + rng.bytes(300) + data[start + 300 :])
+        try: probe(tmp_path / "damaged.mp4"); frames = decode(tmp_path / "damaged.mp4")
+        except VideoError as error: assert error.reason in REASONS
+        else: assert frames.shape[1:] == (64, 96, 3)
+
+def test_no_file_makes_us_fetch_an_address(tmp_path):
+    asked = []
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self): asked.append(self.path); self.send_response(404); self.end_headers()
+        def log_message(self, *_): pass
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}/x.ts"
+    for name, text in (("list.mp4", f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{address}\n"), ("list.m3u8", f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{address}\n#EXT-X-ENDLIST\n"),
+                       ("parts.mp4", f"ffconcat version 1.0\nfile {address}\n")):
+        (tmp_path / name).write_text(text)
+        reason(tmp_path / name)
+    server.shutdown(); server.server_close()
+    assert asked == []
+
+def test_a_long_film_costs_the_memory_of_small_frames(film):
+    assert decode(film, size=16).shape == (48, 16, 16, 3)
+
+@settings(max_examples=25, deadline=None)
+@given(first=st.integers(0, 46), count=st.integers(1, 48))
+def test_a_range_holds_exactly_its_frames(film, first, count):
+    part = decode(film, first / 24, (first + count) / 24)
+    assert np.array_equal(part, decode(film)[first : first + count])
+
+@settings(max_examples=40, deadline=None)
+@given(h=st.integers(8, 90), w=st.integers(8, 90), size=st.tuples(st.integers(4, 64), st.integers(4, 64)))
+def test_resize_crop_gives_the_size_and_keeps_flat_colours(h, w, size):
+    out = resize_crop(np.full((1, h, w, 3), 77, np.uint8), size)
+    assert out.shape == (1, *size, 3) and (out == 77).all()
+
+def test_an_interrupted_writer_leaves_the_old_file(tmp_path):
+    path = write_video(tmp_path / "clip.mp4", moving(8)); before = path.read_bytes()
+    def frames():
+        yield from moving(4)
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): write_video(path, frames())
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
+
+def test_luma_is_the_stored_plane_and_ten_bits_become_eight(tmp_path):
+    grey = np.full((4, 32, 32, 3), 128, np.uint8)
+    eight = read_luma(write_video(tmp_path / "eight.mp4", grey))
+    with av.open(str(tmp_path / "ten.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=24); stream.height = stream.width = 32; stream.pix_fmt = "yuv420p10le"
+        for f in grey: container.mux(stream.encode(av.VideoFrame.from_ndarray(f, format="rgb24")))
+        container.mux(stream.encode(None))
+    ten = read_luma(tmp_path / "ten.mkv")
+    assert ten.dtype == np.uint8 and abs(int(eight.mean()) - 126) <= 1 and abs(float(ten.mean()) - float(eight.mean())) <= 1    # 16 + 128 * 219 / 255
+
+def test_pixels_that_are_not_square_become_square(tmp_path):
+    with av.open(str(tmp_path / "tv.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=24); stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
+        for f in moving(): container.mux(stream.encode(av.VideoFrame.from_ndarray(f, format="rgb24")))
+        container.mux(stream.encode(None))
+    info = probe(tmp_path / "tv.mp4")
+    clip = probe(cut_clip(info, tmp_path / "clip.mp4", 0, 2))
+    assert info.aspect_ratio == 0.5 and (clip.height, clip.width, clip.pixel_aspect) == (64, 128, 1)
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_clips_of_turned_phones_are_upright(tmp_path, degrees):
+    with av.open(str(tmp_path / "phone.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=24); stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        stream.set_display_rotation(degrees)
+        for f in moving(): container.mux(stream.encode(av.VideoFrame.from_ndarray(f, format="rgb24")))
+        container.mux(stream.encode(None))
+    info = probe(tmp_path / "phone.mp4")
+    upright, clip = decode(info.path), decode(cut_clip(info, tmp_path / "clip.mp4", 0, 2))
+    assert clip.shape == upright.shape == ((48, 64, 96, 3) if degrees == 180 else (48, 96, 64, 3))
+    assert np.abs(clip.astype(int) - upright).mean() < 6 and probe(tmp_path / "clip.mp4").rotation == 0
+
+@pytest.mark.parametrize("fps", [24, 24000 / 1001, 25, 30, 30000 / 1001, 48, 50, 60, 60000 / 1001])
+def test_a_clip_has_every_frame_once_or_every_nth(tmp_path, fps):
+    ramp = np.broadcast_to((20 + 3 * np.arange(72, dtype=np.uint8))[:, None, None, None], (72, 32, 32, 3))
+    info = probe(write_video(tmp_path / "ramp.mp4", ramp, fps=fps, crf=5))
+    clip = decode(cut_clip(info, tmp_path / "clip.mp4", 12 / fps, 60 / fps)).mean((1, 2, 3))
+    step = round(info.fps / float(output_fps(info.fps)))
+    assert len(clip) == 48 // step and np.abs(clip - ramp[12:60:step, 0, 0, 0]).max() < 3 * step      # neighbours are 3 grey levels apart
+
+def test_cuts_are_found_to_the_frame_and_a_pan_is_none(tmp_path):
+    rng = np.random.default_rng(2)
+    wide = rng.integers(0, 255, (16, 200, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+    pan = np.stack([wide[:, k : k + 96] for k in range(60)])
+    seen = survey(write_video(tmp_path / "film.mp4", np.concatenate([moving(30), pan, moving(30)]), crf=10))
+    assert find_cuts(seen.scores) == [30, 90]
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=6), st.sampled_from([16.0, 24000 / 1001, 25.0, 30.0, 60.0]))
+def test_spans_cover_the_film_and_keep_their_lengths(lengths, fps):
+    total, cuts = sum(lengths), [int(c) for c in np.cumsum(lengths)[:-1]]
+    spans = split_shots(np.arange(total) / fps, cuts, fps)
+    assert spans[0].first == 0 and spans[-1].last == total and all(a.last == b.first for a, b in zip(spans, spans[1:]))
+    assert set(cuts) <= {s.first for s in spans}
+    for s in spans:
+        seconds = (s.last - s.first) / fps
+        assert seconds <= 8 + 1 / fps and s.keep == (seconds > 2 - 0.6 / fps) and s.end_s - s.start_s == pytest.approx(seconds, abs=1e-6)
+
+@given(st.integers(2, 8000), st.integers(2, 8000), st.floats(0.3, 3))
+def test_output_sizes_are_even_and_inside_the_limit(h, w, pixel_aspect):
+    height, width = output_size(h, w, ShotConfig().max_side, pixel_aspect)
+    assert height % 2 == width % 2 == 0 and max(height, width) <= 1080 and min(height, width) >= 2
