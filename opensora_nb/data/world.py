@@ -38,11 +38,6 @@ class Truth:
     camera: str = "static"
     pace: float = 1.0         # how fast the world's clock runs: bodies, drift and camera alike; 0 stands still
 
-    @property
-    def speed(self) -> str:
-        "The caption's word for the pace."
-        return "slowly" if self.pace < 0.35 else "quickly" if self.pace > 0.8 else "steadily"
-
 # %% ../../nbs/data/01_world.ipynb #46795241
 TILE, FINE = 256, 2                    # the texture tile's side in world units, and its pixels a unit
 
@@ -64,12 +59,12 @@ def _field(rng: np.random.Generator, wavelength: float, slope: float, stretch: f
 def texture(kind: str, seed: int) -> np.ndarray:
     "A wrapping tile `(512, 512, 3)`, uint8 RGB, two pixels a world unit."
     rng = np.random.default_rng((seed, 1))
-    wavelength, slope, stretch = dict(clouds=(8.0, 1.1, 1), sand=(6.0, 0.7, 1), grass=(5.5, 0.7, 0.45), waves=(6.0, 0.9, 2.2), marble=(8.0, 1.4, 1))[kind]
+    wavelength, slope, stretch = dict(clouds=(13.0, 1.1, 1), sand=(9.5, 0.8, 1), grass=(8.5, 0.8, 0.45), waves=(9.5, 0.9, 2.2), marble=(14.0, 1.4, 1))[kind]
     field = _field(rng, wavelength, slope, stretch)
-    if kind == "marble": field = np.sin(2.2 * field) * 1.3                  # veins
+    if kind == "marble": field = np.sin(2.0 * field) * 1.3                  # veins
     tint = _field(rng, 9.0, 1.2)
     mean = np.array(BACKGROUNDS[kind], np.float32)
-    rgb = mean + 34 * field[..., None] * (mean / mean.mean()) + 10 * tint[..., None] * np.array([1.0, 0.1, -1.0], np.float32)
+    rgb = mean + 27 * field[..., None] * (mean / mean.mean()) + 10 * tint[..., None] * np.array([1.0, 0.1, -1.0], np.float32)
     rgb += rng.normal(0, 5, field.shape)[..., None]                        # grain
     return np.clip(rgb, 0, 255).astype(np.uint8)
 
@@ -125,7 +120,7 @@ def _polygon(shape: str) -> np.ndarray:
 def _camera(truth: Truth, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Pan in units `(T,)` and zoom factor `(T,)` at world times t."
     middle = t - t.mean()
-    pan = {"pan left": -1, "pan right": 1}.get(truth.camera, 0) * 24.0 * t
+    pan = {"pan left": -1, "pan right": 1}.get(truth.camera, 0) * 38.0 * t
     zoom = np.exp({"zoom in": 1, "zoom out": -1}.get(truth.camera, 0) * 0.42 * (0.9 * np.tanh(middle / 0.9)))
     return pan, zoom
 
@@ -172,7 +167,7 @@ class Scene:
         other = sorted(set(BACKGROUNDS) - {truth.background})
         floor = (texture(other[rng.integers(len(other))], truth.seed + 1) * 0.7).astype(np.uint8)
         angle = {"pan left": np.pi, "pan right": 0}.get(truth.camera, rng.uniform(0, 2 * np.pi))     # a drift against the pan would cancel it
-        return cls(truth, texture(truth.background, truth.seed), floor, simulate(truth, seconds), (34 * np.cos(angle), 34 * np.sin(angle)))
+        return cls(truth, texture(truth.background, truth.seed), floor, simulate(truth, seconds), (58 * np.cos(angle), 58 * np.sin(angle)))
 
     def frames(self, times: np.ndarray, size: int) -> np.ndarray:
         "Frames `(T, size, size, 3)`, uint8 RGB, at world times in seconds."
@@ -240,4 +235,4 @@ def caption(truth: Truth, short: bool = False) -> str:
     if short: return what
     camera = {"static": "the camera is static", "pan left": "the camera pans left", "pan right": "the camera pans right",
               "zoom in": "the camera zooms in", "zoom out": "the camera zooms out"}[truth.camera]
-    return f"{what[0].upper()}{what[1:]} {truth.speed} in front of drifting {truth.background}, in {truth.lighting} light, {camera}, {truth.style} animation."
+    return f"{what[0].upper()}{what[1:]} in front of drifting {truth.background}, in {truth.lighting} light, {camera}, {truth.style} animation."
