@@ -189,6 +189,7 @@ class VideoDCAEConfig:
             for a, b, t in zip(widths, widths[1:], times):
                 if a * (8 if t else 4) % b or b > a * (8 if t else 4): raise ValueError(f"the shortcut from {a} to {b} channels needs {b} to divide {a * (8 if t else 4)}")
         if sum(self.temporal_downsample) != sum(self.temporal_upsample): raise ValueError("time is halved and doubled a different number of times")
+        if self.scaling_factor is not None and not 0 < self.scaling_factor < float("inf"): raise ValueError(f"scaling_factor must be a number above 0, got {self.scaling_factor}")
 
     @property
     def spatial_compression(self) -> int: return 2 ** (len(self.enc_width) - 1)
@@ -280,10 +281,10 @@ class VideoDCAE(nn.Module):
         Raises UserError in one line where nothing is found or the weights are another model's.
         """
         path = find_weights(path_or_repo, prefer=("model.safetensors", "F32T4C128_AE.safetensors"))
-        if cfg is None:
-            found = read_config(path, needs="enc_width")
-            cfg = VideoDCAEConfig(**found) if found else VideoDCAEConfig()
-        with torch.device("meta"): model = cls(cfg)
+        try:
+            if cfg is None: cfg = VideoDCAEConfig(**(read_config(path, needs="enc_width") or {}))
+            with torch.device("meta"): model = cls(cfg)
+        except (TypeError, ValueError) as e: raise UserError(f"{path.with_name('config.json')} does not describe an autoencoder: {e}") from e
         wanted, there = {k: tuple(v.shape) for k, v in model.state_dict().items()}, read_shapes(path)
         if wrong := sorted(k for k in wanted.keys() | there.keys() if wanted.get(k) != there.get(k)):
             raise UserError(f"{path.name} does not fit this autoencoder: {len(wrong)} names or shapes differ, first {wrong[0]} ({there.get(wrong[0])}, not {wanted.get(wrong[0])})")

@@ -28,7 +28,7 @@ def save_checkpoint(folder: str | Path, step: int, weights: dict[str, torch.Tens
         os.replace(temporary, final)
         final.chmod(0o755)
     finally: shutil.rmtree(temporary, ignore_errors=True)
-    for old in checkpoints(folder)[:-keep]: shutil.rmtree(old)
+    for old in [*checkpoints(folder)[:-keep], *folder.glob(".step-*")]: shutil.rmtree(old)       # and what a killed process left half-written
     return final
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -38,6 +38,5 @@ def checkpoints(folder: str | Path) -> list[Path]:
 def load_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     "(weights, state) as saved. Raises UserError in one line for a broken one."
     path = Path(path)
-    try: state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    except Exception as e: raise UserError(f"cannot read checkpoint {path}: {str(e).splitlines()[0][:160]} (remove the folder to go on from the one before)") from e
-    return read_weights(path / "model.safetensors"), state
+    try: return read_weights(path / "model.safetensors"), torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    except Exception as e: raise UserError(f"cannot read checkpoint {path}: {' '.join(str(e).split())[:160] or type(e).__name__} (remove the folder to go on from the one before)") from e

@@ -91,7 +91,7 @@ def run_command(name: str, args: list[str]) -> int:
     return int(module.run(tyro.cli(module.Config, prog=f"osnb {name}", args=args)) or 0)
 
 # %% ../../nbs/commands/00_cli.ipynb #20dfa6d5
-CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 
 def exit_code(work: Callable[[], int], name: str = "") -> int:
     "Do the work and return its exit code; what the user can mend becomes one line on stderr. name: of the command, for that line."
@@ -115,7 +115,7 @@ def exit_code(work: Callable[[], int], name: str = "") -> int:
     except OSError as e:
         if e.errno in CANNOT_WRITE: return fail(f"{e.strerror}: {e.filename or 'the disk'} (make room, or choose another place)")
         raise
-    except KeyboardInterrupt: return fail("interrupted", 130)
+    except KeyboardInterrupt as e: return fail(str(e) or "interrupted", 130)                         # a training says where it stopped
     except SystemExit as e: return e.code if isinstance(e.code, int) else 0 if e.code is None else fail(str(e.code))   # tyro's, after --help or a bad option
 
 # %% ../../nbs/commands/00_cli.ipynb #ae4680d7

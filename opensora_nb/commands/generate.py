@@ -48,7 +48,7 @@ def read_image(path: Path, size: tuple[int, int]):
     path = existing(path, "image")
     try:
         with Image.open(path) as picture: pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-    except Exception as e: raise UserError(f"{path} is not a picture that can be read: {str(e).splitlines()[0]}") from e
+    except Exception as e: raise UserError(f"{path} is not a picture that can be read: {type(e).__name__} {e}".splitlines()[0]) from e
     return torch.from_numpy(resize_crop(pixels[None], size)).movedim(-1, 1).float() / 127.5 - 1
 
 def run(cfg: Config) -> int:
@@ -56,12 +56,12 @@ def run(cfg: Config) -> int:
     from tqdm import tqdm
     from opensora_nb.autoencoder.metrics import to_uint8
     from opensora_nb.data.video import write_video
+    if cfg.out.exists() and not cfg.out.is_dir(): raise UserError(f"{cfg.out} is a file: name a folder for the clips")
     if cfg.num_sample < 1: raise UserError(f"num_sample must be at least 1, got {cfg.num_sample}")
     sample = SampleConfig(cfg.num_frames, *cfg.size, cfg.steps, cfg.guidance, cfg.motion_score, negative_prompt=cfg.negative_prompt)
     image = None if cfg.image is None else read_image(cfg.image, cfg.size)
     pipeline = load_pipeline(cfg.autoencoder, cfg.mmdit)
-    try: pipeline.autoencoder.latent_shape(cfg.num_frames, *cfg.size)
-    except ValueError as e: raise UserError(str(e)) from e
+    pipeline.check(sample, image is not None)
     for seed in range(cfg.seed, cfg.seed + cfg.num_sample):
         started = time.perf_counter()
         with tqdm(total=cfg.steps, desc=f"seed {seed}", unit="step", disable=not cfg.progress) as bar:

@@ -26,8 +26,8 @@ def run(cfg: Config) -> int:
     from opensora_nb.training.diffusion import DiffusionRecipe, latent_cache, pocket_recipe, train_diffusion
     recipe, size, num_frames = (pocket_recipe(), 64, 32) if cfg.preset == "pocket" else (DiffusionRecipe(high_compression()), 256, 128)
     recipe, run = replace(recipe, loop=cfg.loop(recipe.loop)), cfg.out / cfg.name
-    autoencoder = VideoDCAE.from_pretrained(cfg.autoencoder or shipped("autoencoder"))
-    cache = latent_cache(run / "latents.safetensors", cfg.training_clips(size, num_frames), autoencoder, TextEncoder())
-    train_diffusion(cache, recipe, run, cfg.start_from("mmdit"))
+    autoencoder, start = VideoDCAE.from_pretrained(cfg.autoencoder or shipped("autoencoder")), cfg.start_from("mmdit")
+    cache = latent_cache(cfg.out / "data", cfg.training_clips(size, num_frames), autoencoder, TextEncoder())
+    train_diffusion(cache, recipe, run, start)
     print(f"weights: {run / 'model'}\nlog:     {run / 'log.jsonl'}")
     return 0

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 from ..cluster.files import UserError, existing
-from ..cluster.weights import shipped
+from ..cluster.weights import find_weights, shipped
 from ..data.cache import ClipCache, curated_cache, world_cache
 from ..training.loop import LoopConfig
 
@@ -37,6 +37,7 @@ class TrainConfig:
 
     def training_clips(self, size: int, num_frames: int) -> ClipCache:
         "Clips to train on."
+        if self.clips < 1: raise UserError(f"clips must be at least 1, got {self.clips}")
         if self.data is None: return world_cache(self.out / "data" / f"pocket-world-0-{self.clips}.safetensors", 0, self.clips, size, num_frames)
         path = existing(self.data, "training data", "a folder made by `osnb curate`, or a clip cache")
         return curated_cache(path, size, num_frames) if path.is_dir() else ClipCache.load(path)
@@ -46,8 +47,8 @@ class TrainConfig:
         return world_cache(self.out / "data" / f"pocket-world-1-{count}.safetensors", 1, count, size, num_frames)
 
     def start_from(self, kind: str) -> Path | None:
-        "The weights named by `start`."
-        return shipped(kind) if str(self.start) == "shipped" else self.start
+        "The weights named by `start`; asked for before clips are rendered or encoded, for a wrong name should not take minutes to show."
+        return shipped(kind) if str(self.start) == "shipped" else self.start and find_weights(self.start)
 
 # %% ../../nbs/commands/03_train_ae.ipynb #d7c712b7
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def run(cfg: Config) -> int:
     from opensora_nb.training.autoencoder import AutoencoderRecipe, mean_psnr, pocket_recipe, train_autoencoder
     recipe, size, num_frames = (pocket_recipe(), 64, 32) if cfg.preset == "pocket" else (AutoencoderRecipe(), 256, 32)
     recipe = replace(recipe, loop=cfg.loop(recipe.loop))
-    clips, held_out = cfg.training_clips(size, num_frames), cfg.held_out_clips(size, num_frames)
-    model = train_autoencoder(clips, held_out, recipe, cfg.out / cfg.name, cfg.start_from("autoencoder"))
+    start, clips, held_out = cfg.start_from("autoencoder"), cfg.training_clips(size, num_frames), cfg.held_out_clips(size, num_frames)
+    model = train_autoencoder(clips, held_out, recipe, cfg.out / cfg.name, start)
     print(f"held-out PSNR {mean_psnr(model, held_out.clips):.2f} dB over {len(held_out)} clips\nweights: {cfg.out / cfg.name / 'model'}\nlog:     {cfg.out / cfg.name / 'log.jsonl'}")
     return 0

@@ -27,6 +27,7 @@ class ClipCache:
     def __post_init__(self):
         if self.clips.ndim != 5 or self.clips.dtype != np.uint8: raise ValueError(f"clips must be uint8 (N, T, H, W, 3), got {self.clips.dtype} {self.clips.shape}")
         if not len(self.clips) == len(self.captions) == len(self.motion): raise ValueError("clips, captions and motion differ in length")
+        if len({len(forms) for forms in self.captions}) > 1: raise ValueError("every clip needs the same number of caption forms")
 
     def __len__(self) -> int: return len(self.clips)
 

@@ -37,13 +37,23 @@ class SampleConfig:
     def __post_init__(self):
         for name in ("num_frames", "height", "width", "steps"):
             if getattr(self, name) < 1: raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        decorate("", self.fps, self.motion_score)      # raises for numbers that no text can say
 
 class ImageToVideo:
     "The three models, and the way from prompt and image to a clip."
     def __init__(self, autoencoder: VideoDCAE, model: MMDiT, text: TextEncoder):
         if autoencoder.latent_channels != model.cfg.latent_channels:
             raise UserError(f"autoencoder ({autoencoder.latent_channels} latent channels) and transformer ({model.cfg.latent_channels}) do not belong together")
+        if (wanted := (model.cfg.context_in_dim, model.cfg.vec_in_dim)) != (given := (text.cfg.token_dim, text.cfg.pooled_dim)):
+            raise UserError(f"transformer (text of {wanted[0]} and {wanted[1]} values) and text encoder ({given[0]} and {given[1]}) do not belong together")
         self.autoencoder, self.model, self.text = autoencoder, model, text
+
+    def check(self, cfg: SampleConfig, has_image: bool) -> None:
+        "Raises UserError for what these models cannot do: a size that autoencoder and patches do not divide, an image where there is no input for it."
+        multiple, group = self.autoencoder.spatial_compression * self.model.cfg.patch_size, self.autoencoder.temporal_compression
+        if cfg.height % multiple or cfg.width % multiple: raise UserError(f"height and width must be multiples of {multiple}, got {cfg.height} x {cfg.width}")
+        if has_image and not self.model.cfg.cond_embed: raise UserError("this transformer takes no image (cond_embed is off): leave the image out, or choose an image-to-video model")
+        if has_image and cfg.num_frames <= group: raise UserError(f"a clip of {cfg.num_frames} frames is a single latent frame, which takes no image: ask for more than {group} frames")
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], images: Tensor | None = None, cfg: SampleConfig = SampleConfig(), seeds: list[int] | None = None,
@@ -54,6 +64,10 @@ class ImageToVideo:
         alone, not on its neighbours in the batch. callback: called as (steps done, steps) after each step.
         """
         seeds = list(range(len(prompts))) if seeds is None else seeds
+        if len(seeds) != len(prompts) or images is not None and len(images) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts need as many seeds and images, got {len(seeds)} and {'none' if images is None else len(images)}")
+        self.check(cfg, images is not None)
+        if images is not None and images.shape[-2:] != (cfg.height, cfg.width): raise ValueError(f"images must have the clip's size of {cfg.height} x {cfg.width}, got {tuple(images.shape)}")
         latent = self.sample_latent(prompts, None if images is None else self.autoencoder.encode(images.unsqueeze(2)), cfg, seeds, callback)
         return self.autoencoder.decode(latent, cfg.num_frames).clamp(-1, 1)
 

@@ -13,6 +13,7 @@ import torch
 from ..autoencoder.dc_ae import VideoDCAE, VideoDCAEConfig, pocket
 from ..autoencoder.losses import PerceptualLoss, ReconstructionLossConfig, reconstruction_loss
 from ..autoencoder.metrics import psnr
+from ..cluster.files import UserError
 from ..data.cache import ClipCache
 from .loop import LoopConfig, train
 
@@ -69,6 +70,10 @@ def train_autoencoder(cache: ClipCache, held_out: ClipCache, recipe: Autoencoder
     """
     torch.manual_seed(recipe.loop.seed)
     model = VideoDCAE.from_pretrained(start) if start else VideoDCAE(recipe.model)
+    longest = max(recipe.num_frames, recipe.images_per_clip)
+    if cache.clips.shape[1] < longest: raise UserError(f"clips of {cache.clips.shape[1]} frames are too short, the recipe takes {longest} from each: give longer ones")
+    try: model.latent_shape(*cache.clips.shape[1:4])
+    except ValueError as e: raise UserError(f"this autoencoder cannot take the clips ({cache.origin}): {e}") from e
     model.to(memory_format=torch.channels_last_3d)
     perceptual = PerceptualLoss() if recipe.loss.perceptual_weight else None
 

@@ -49,11 +49,13 @@ class LatentCache:
         path = existing(path, "latent cache")
         try:
             with safe_open(path, framework="pt") as f: return cls(**{k: f.get_tensor(k) for k in cls.TENSORS}, origin=f.metadata()["origin"])
-        except Exception as e: raise UserError(f"{path} is not a latent cache: {str(e).splitlines()[0]}") from e
+        except Exception as e: raise UserError(f"{path} is not a latent cache: {type(e).__name__} {e}".splitlines()[0]) from e
 
 @torch.no_grad()
 def encode_cache(cache: ClipCache, autoencoder: VideoDCAE, text: TextEncoder, batch: int = 8, quiet: bool = False) -> LatentCache:
-    "Latents and text encodings of every clip, in bfloat16."
+    "Latents and text encodings of every clip, in bfloat16. Raises UserError for clips of a size that the autoencoder does not divide."
+    try: autoencoder.latent_shape(*cache.clips.shape[1:4])
+    except ValueError as e: raise UserError(f"this autoencoder cannot take the clips ({cache.origin}): {e}") from e
     half = lambda x: x.to(torch.bfloat16)
     latents, first, last, tokens, pooled = [], [], [], [], []
     for i in tqdm(range(0, len(cache), batch), desc="encoding clips and captions", unit="batch", disable=quiet, mininterval=2):
@@ -66,9 +68,14 @@ def encode_cache(cache: ClipCache, autoencoder: VideoDCAE, text: TextEncoder, ba
     return LatentCache(*(torch.cat(x) for x in (latents, first, last, tokens, pooled)), *map(half, text([""])), cache.origin)
 
 def latent_cache(path: str | Path, cache: ClipCache, autoencoder: VideoDCAE, text: TextEncoder, quiet: bool = False) -> LatentCache:
-    "The latent cache of these clips under this autoencoder: read from `path`, or made and written there."
-    origin = f"{cache.origin}; autoencoder {_fingerprint(autoencoder)}"
-    if Path(path).exists():
+    """The latent cache of these clips under these models: read from `path`, or made and written there.
+
+    path: a .safetensors file, written anew if it holds other latents; or a folder, in which each pair of clips and models has a file of its own.
+    """
+    path, clips, models = Path(path), _contents(cache), _fingerprint(autoencoder, text)
+    origin = f"{cache.origin}; contents {clips}; models {models}"
+    if path.suffix != ".safetensors": path = path / f"latents-{clips}-{models}.safetensors"
+    if path.exists():
         there = LatentCache.load(path)
         if there.origin == origin: return there
     made = encode_cache(cache, autoencoder, text, quiet=quiet)
@@ -76,10 +83,15 @@ def latent_cache(path: str | Path, cache: ClipCache, autoencoder: VideoDCAE, tex
     made.save(path)
     return made
 
-def _fingerprint(model: torch.nn.Module) -> str:
-    "Twelve letters that change with any weight."
+def _contents(cache: ClipCache) -> str:
+    "Twelve letters that change with any caption, or motion score and so with the pixels; two curated folders may well have the same name."
+    import hashlib, json
+    return hashlib.sha256(json.dumps(cache.captions).encode() + cache.motion.tobytes()).hexdigest()[:12]
+
+def _fingerprint(model: VideoDCAE, text: TextEncoder) -> str:
+    "Twelve letters that change with any weight of the autoencoder, its scaling factor, and the kind of text encoder."
     import hashlib
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"{model.cfg} {text.cfg}".encode())
     for name, value in sorted(model.state_dict().items()): digest.update(name.encode()); digest.update(value.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
 
@@ -119,11 +131,19 @@ def train_diffusion(cache: LatentCache, recipe: DiffusionRecipe, run: str | Path
     start: weights to go on from (their config counts). sample: as in `loop.train`. Raises UserError as `loop.train` does.
     """
     torch.manual_seed(recipe.loop.seed)
+    if not start: _fits(recipe.model, cache)                       # before 11 billion weights are made in vain
     model = MMDiT.from_pretrained(start) if start else MMDiT(recipe.model)
-    if model.cfg.latent_channels != cache.latents.shape[1]:
-        raise UserError(f"the transformer wants latents of {model.cfg.latent_channels} channels, the autoencoder gives {cache.latents.shape[1]}: choose another of the two")
+    _fits(model.cfg, cache)
     about = dict(recipe="diffusion", data=cache.origin, model=asdict(model.cfg), condition_weights=recipe.condition_weights, drop_text=recipe.drop_text)
     loss = lambda indices, generator: diffusion_loss(model, cache, indices, recipe, generator)
     train(model, loss, len(cache), recipe.loop, run, about, asdict(model.cfg), sample, sample_every=5 * recipe.loop.save_every, quiet=quiet)
     model.save_pretrained(Path(run) / "model")
     return model
+
+def _fits(model: MMDiTConfig, cache: LatentCache) -> None:
+    if model.latent_channels != cache.latents.shape[1]:
+        raise UserError(f"the transformer wants latents of {model.latent_channels} channels, the autoencoder gives {cache.latents.shape[1]}: choose another of the two")
+    if (wanted := (model.context_in_dim, model.vec_in_dim)) != (given := (cache.tokens.shape[-1], cache.pooled.shape[-1])):
+        raise UserError(f"the transformer wants text tokens and vectors of {wanted[0]} and {wanted[1]} values, the text encoder gives {given[0]} and {given[1]}: choose another of the two")
+    if any(n % model.patch_size for n in cache.latents.shape[-2:]):
+        raise UserError(f"latents of {cache.latents.shape[-2]} x {cache.latents.shape[-1]} do not divide into the transformer's patches of {model.patch_size}: give clips of another size")

@@ -37,6 +37,9 @@ class LoopConfig:
         if self.precision not in ("bf16", "fp32"): raise ValueError(f"precision is bf16 or fp32, not {self.precision!r}")
         for name in ("steps", "batch_size", "save_every", "keep"):
             if getattr(self, name) < 1: raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.lr < math.inf: raise ValueError(f"lr must be a number above 0, got {self.lr}")
+        if not 0 <= self.ema < 1: raise ValueError(f"ema must be at least 0 and below 1, got {self.ema}")
+        if self.warmup < 0: raise ValueError(f"warmup must not be negative, got {self.warmup}")
 
 def learning_rate(cfg: LoopConfig, step: int) -> float:
     "At step 0, 1, ...: linear warm-up, then a cosine from lr to final_lr x lr (constant where final_lr is 1)."
@@ -92,6 +95,7 @@ def train(model: nn.Module, loss: Loss, num_samples: int, cfg: LoopConfig, run: 
     Raises UserError for a folder of another run or a loss that is not finite, KeyboardInterrupt after Ctrl-C (with a checkpoint written).
     """
     run, generator = Path(run), torch.Generator().manual_seed(cfg.seed)
+    if num_samples < 1: raise UserError(f"no samples to train on for {run}: give other data")
     _same_run(run, dict(loop=asdict(cfg), **about))
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, cfg.lr, cfg.betas, cfg.eps, cfg.weight_decay)
@@ -102,9 +106,10 @@ def train(model: nn.Module, loss: Loss, num_samples: int, cfg: LoopConfig, run: 
         model.load_state_dict(state["weights"]); optimizer.load_state_dict(state["optimizer"]); generator.set_state(state["generator"])
         average, step, seen = weights if cfg.ema else None, state["step"], state["samples"]
     log = _open_log(run / "log.jsonl", step)
-    board, device = _tensorboard(run), params[0].device
+    board, device = _tensorboard(run, step), params[0].device
 
     def save():
+        board.flush()                                          # a kill later loses only what is repeated anyway
         save_checkpoint(run / "checkpoints", step, average or model.state_dict(), model_config, keep=cfg.keep,
                         state=dict(weights=model.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state(), samples=seen))
 
@@ -151,7 +156,8 @@ def _same_run(run: Path, config: dict) -> None:
     "config.json as asked, or an error that names what differs from the run that is there."
     file, text = run / "config.json", json.dumps(config, indent=1, default=str)
     if file.exists():
-        there = json.loads(file.read_text())
+        try: there = json.loads(file.read_text())
+        except ValueError as e: raise UserError(f"{file} cannot be read ({e}): choose another name for the run, or remove its folder") from e
         flat = lambda d, at="": {k2: v2 for k, v in d.items() for k2, v2 in (flat(v, f"{at}{k}.") if isinstance(v, dict) else {f"{at}{k}": v}).items()}
         a, b = flat(there), flat(json.loads(text))
         if other := sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k)):
@@ -166,9 +172,10 @@ def _open_log(file: Path, step: int):
     with whole(file) as out: out.write_text("".join(kept))
     return open(file, "a")
 
-def _tensorboard(run: Path):
+def _tensorboard(run: Path, step: int):
+    "A writer whose readers forget points after `step` that an earlier process left."
     from torch.utils.tensorboard import SummaryWriter
-    return SummaryWriter(str(run / "tensorboard"), purge_step=None)
+    return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
 def read_log(run: str | Path) -> dict[str, list[float]]:
     "Columns of a run's log: step, samples, loss, ..."

@@ -1,0 +1,296 @@
+"The two trainings on a handful of clips, and the caches that they read: what a run leaves behind, what is used again, what is refused."
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from opensora_nb.autoencoder import dc_ae
+from opensora_nb.autoencoder.dc_ae import VideoDCAE
+from opensora_nb.autoencoder.losses import PerceptualLoss, ReconstructionLossConfig, reconstruction_loss
+from opensora_nb.cluster.checkpoint import checkpoints, load_checkpoint
+from opensora_nb.cluster.files import UserError
+from opensora_nb.data.cache import ClipCache, curated_cache, world_cache
+from opensora_nb.data.curate import CurateConfig, curate
+from opensora_nb.data.manifest import read_manifest, write_manifest
+from opensora_nb.data.scores import motion_score
+from opensora_nb.data.video import decode, write_video
+from opensora_nb.data.world import render, rgb_luma, world_truth
+from opensora_nb.mmdit import model as mmdit
+from opensora_nb.mmdit.model import MMDiT
+from opensora_nb.mmdit.text import TextEncoder, decorate
+from opensora_nb.training.autoencoder import AutoencoderRecipe, latent_scale, mean_psnr, to_video, train_autoencoder, window
+from opensora_nb.training.diffusion import DiffusionRecipe, LatentCache, diffusion_loss, encode_cache, latent_cache, train_diffusion
+from opensora_nb.training.loop import LoopConfig, read_log
+
+TINY_AE = replace(dc_ae.pocket(), enc_width=(8, 16, 32, 32), dec_width=(8, 16, 32, 32), enc_depth=(0, 1, 1, 1), dec_depth=(0, 1, 1, 1))
+TINY_MMDIT = replace(mmdit.pocket(), hidden_size=64, num_heads=2, depth=1, depth_single_blocks=1)
+LOOP = LoopConfig(steps=16, batch_size=3, lr=5e-3, warmup=3, betas=(0.9, 0.99), eps=1e-8, ema=0.8, precision="fp32", save_every=8)
+AE = AutoencoderRecipe(TINY_AE, LOOP, ReconstructionLossConfig(perceptual_weight=0.0), num_frames=4, image_share=0.25)
+DIFFUSION = DiffusionRecipe(TINY_MMDIT, replace(LOOP, steps=30, batch_size=6, save_every=10), dict(t2v=1, i2v_head=1, i2v_loop=1))
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory): return world_cache(tmp_path_factory.mktemp("clips") / "world.safetensors", seed=11, count=6, size=32, num_frames=8)
+
+@pytest.fixture(scope="module")
+def text(): return TextEncoder()
+
+@pytest.fixture(scope="module")
+def autoencoder(clips, tmp_path_factory):
+    "Run folder of a trained autoencoder, and what `train_autoencoder` returned."
+    run = tmp_path_factory.mktemp("runs") / "ae"
+    return run, train_autoencoder(clips, clips, AE, run, quiet=True)
+
+@pytest.fixture(scope="module")
+def latents(clips, autoencoder, text): return encode_cache(clips, autoencoder[1], text, quiet=True)
+
+def error(work, *words):
+    "The one line of the UserError that `work` raises."
+    with pytest.raises(UserError) as e: work()
+    line = str(e.value)
+    assert "\n" not in line and len(line) < 400 and all(w in line for w in words), line
+    return line
+
+def contents(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+def is_a_run(run, steps, saved, sampled):
+    config, log = json.loads((run / "config.json").read_text()), read_log(run)
+    assert config["loop"]["steps"] == steps and config["data"] and config["model"]
+    assert log["step"] == list(range(1, steps + 1)) and all(np.isfinite(v) for k in ("loss", "grad_norm", "lr", "seconds") for v in log[k])
+    assert [p.name for p in checkpoints(run / "checkpoints")] == [f"step-{s:07d}" for s in saved]
+    assert sorted(p.name for p in (run / "samples").glob("*")) == sampled and list((run / "tensorboard").glob("events*"))
+    assert sorted(p.name for p in (run / "model").iterdir()) == ["config.json", "model.safetensors"]
+    assert not [p for p in run.rglob(".*")]
+    return log
+
+
+# ---- the autoencoder ----
+def test_an_autoencoder_learns_and_leaves_a_run(clips, autoencoder):
+    run, model = autoencoder
+    log = is_a_run(run, 16, (8, 16), ["0000016.png"])
+    assert np.mean(log["loss"][-4:]) < 0.85 * np.mean(log["loss"][:3]) and log["loss"] == log["l1"]
+    torch.manual_seed(LOOP.seed)
+    assert mean_psnr(model, clips.clips) > mean_psnr(VideoDCAE(TINY_AE), clips.clips) + 0.5
+
+@torch.no_grad()
+def test_the_saved_autoencoder_is_the_returned_one_and_gives_unit_variance(clips, autoencoder):
+    run, model = autoencoder
+    again, x = VideoDCAE.from_pretrained(run / "model"), to_video(clips.clips)
+    assert again.cfg == model.cfg == replace(TINY_AE, scaling_factor=model.scaling_factor)
+    assert torch.allclose(again(x), model(x), atol=1e-5) and abs(model.encode(x).std() - 1) < 0.01 and abs(latent_scale(model, clips.clips) / model.scaling_factor - 1) < 0.01
+
+@torch.no_grad()
+def test_a_checkpoint_is_a_model_as_well(clips, autoencoder):
+    run, model = autoencoder
+    last = VideoDCAE.from_pretrained(checkpoints(run / "checkpoints")[-1])
+    assert last.scaling_factor == 1 and torch.allclose(last(to_video(clips.clips)), model(to_video(clips.clips)), atol=1e-5)
+
+def test_training_goes_on_from_weights_and_measures_the_scale_anew(clips, autoencoder, tmp_path):
+    run, model = autoencoder
+    start = run / "model"
+    more = train_autoencoder(clips, clips, replace(AE, loop=replace(LOOP, steps=2, lr=1e-6, save_every=2)), tmp_path / "more", start=start, quiet=True)
+    assert read_log(tmp_path / "more")["loss"][0] < 0.9 * read_log(run)["loss"][0]
+    with torch.no_grad(): assert abs(more.scaling_factor / model.scaling_factor - 1) < 0.01 and torch.allclose(more.encode(to_video(clips.clips)), model.encode(to_video(clips.clips)), atol=0.02)
+
+def test_the_perceptual_part_is_weighed_and_logged(clips, tmp_path):
+    recipe = replace(AE, loop=replace(LOOP, steps=2, save_every=2), loss=ReconstructionLossConfig(0.5, 2))
+    train_autoencoder(clips, clips, recipe, tmp_path, quiet=True)
+    log = read_log(tmp_path)
+    assert all(abs(l - (a + 0.5 * p)) < 1e-5 and p > 0 for l, a, p in zip(log["loss"], log["l1"], log["perceptual"]))
+
+@torch.no_grad()
+def test_perceptual_distance_is_zero_for_equal_frames_and_grows_with_blur(clips):
+    perceptual, x = PerceptualLoss(), to_video(clips.clips)[:2]
+    blur = lambda k: torch.nn.functional.avg_pool3d(x, (1, k, k), 1, (0, k // 2, k // 2))
+    parts = [reconstruction_loss(x, y, ReconstructionLossConfig(), perceptual, torch.Generator().manual_seed(0))["perceptual"].item() for y in (x, blur(3), blur(7))]
+    assert parts[0] == 0 and 0 < parts[1] < parts[2] and not perceptual.train().net.training and not any(p.requires_grad for p in perceptual.parameters())
+
+def test_windows_stay_inside_their_clip_and_are_mirrored_or_reversed_whole(clips):
+    seen = set()
+    for seed in range(40):
+        w = window(clips, [2], 3, torch.Generator().manual_seed(seed))[0]
+        clip = to_video(clips.clips[2:3])[0]
+        found = [(s, m, r) for s in range(6) for m in (0, 1) for r in (0, 1)
+                 if torch.equal(w, clip[:, s : s + 3].flip([d for d, on in ((-1, m), (1, r)) if on]))]
+        assert len(found) == 1
+        seen.add(found[0])
+    assert {s for s, _, _ in seen} == set(range(6)) and {(m, r) for _, m, r in seen} == {(0, 0), (0, 1), (1, 0), (1, 1)}
+
+@pytest.mark.parametrize("change, words", [(dict(num_frames=9), ("8 frames", "9")), (dict(images_per_clip=9), ("8 frames", "9"))], ids=str)
+def test_clips_too_short_for_the_recipe_are_one_line_and_start_no_run(clips, tmp_path, change, words):
+    error(lambda: train_autoencoder(clips, clips, replace(AE, **change), tmp_path / "run", quiet=True), *words)
+    assert not (tmp_path / "run").exists()
+
+def test_clips_of_a_size_that_does_not_divide_are_one_line_and_start_no_run(clips, tmp_path):
+    odd = replace(clips, clips=clips.clips[:, :, :30])
+    error(lambda: train_autoencoder(odd, odd, AE, tmp_path / "run", quiet=True), "multiples of 8", "30 x 32")
+    assert not (tmp_path / "run").exists()
+
+def test_another_recipe_in_the_same_folder_is_refused_and_changes_nothing(clips, autoencoder):
+    before = contents(autoencoder[0])
+    error(lambda: train_autoencoder(clips, clips, replace(AE, image_share=0.5), autoencoder[0], quiet=True), "image_share is 0.25 there, 0.5 here")
+    assert contents(autoencoder[0]) == before
+
+
+# ---- the transformer ----
+def test_a_transformer_learns_and_leaves_a_run_that_is_the_returned_model(latents, tmp_path):
+    drawn = []
+    def sample(model, path, step): path.parent.mkdir(exist_ok=True); path.with_suffix(".txt").write_text(str(step)); drawn.append(step)
+    model = train_diffusion(latents, DIFFUSION, tmp_path / "run", sample=sample, quiet=True)
+    log = is_a_run(tmp_path / "run", 30, (20, 30), ["0000030.txt"])
+    assert drawn == [30] and 1.5 < log["loss"][0] < 2.6 and np.mean(log["loss"][-8:]) < 0.85 * np.mean(log["loss"][:4])
+    again = MMDiT.from_pretrained(tmp_path / "run/model")
+    assert again.cfg == TINY_MMDIT and all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values()))
+
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["condition_weights"] == DIFFUSION.condition_weights and config["model"]["hidden_size"] == 64
+    more = train_diffusion(latents, replace(DIFFUSION, loop=replace(DIFFUSION.loop, steps=1)), tmp_path / "more", start=tmp_path / "run/model", quiet=True)
+    assert read_log(tmp_path / "more")["loss"][0] < 0.9 * log["loss"][0] and more.cfg == TINY_MMDIT
+
+@torch.no_grad()
+def test_a_step_is_decided_by_its_generator(latents):
+    model = MMDiT(TINY_MMDIT).eval()
+    for p in model.parameters(): p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    a, b, c = (diffusion_loss(model, latents, [0, 3, 4], DIFFUSION, torch.Generator().manual_seed(seed))["loss"].item() for seed in (1, 1, 2))
+    assert a == b != c
+
+@torch.no_grad()
+def test_an_image_that_is_given_helps(latents):
+    "The reference channels reach the model: with them the same noise and time give another prediction."
+    model = MMDiT(TINY_MMDIT).eval()
+    for p in model.parameters(): p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    loss = lambda **weights: diffusion_loss(model, latents, [0, 1], replace(DIFFUSION, condition_weights=weights), torch.Generator().manual_seed(1))["loss"].item()
+    assert len({loss(t2v=1), loss(i2v_head=1), loss(i2v_tail=1), loss(i2v_loop=1)}) == 4
+
+def test_latents_of_other_channels_are_one_line_and_start_no_run(latents, tmp_path):
+    eight = replace(latents, latents=latents.latents[:, :8], first=latents.first[:, :8], last=latents.last[:, :8])
+    error(lambda: train_diffusion(eight, DIFFUSION, tmp_path / "run", quiet=True), "16 channels", "gives 8")
+    assert not (tmp_path / "run").exists()
+
+def test_texts_of_another_width_are_one_line_and_start_no_run(latents, tmp_path):
+    error(lambda: train_diffusion(latents, replace(DIFFUSION, model=replace(TINY_MMDIT, context_in_dim=128)), tmp_path / "run", quiet=True), "384", "128")
+    assert not (tmp_path / "run").exists()
+
+def test_a_wrong_start_is_one_line_and_starts_no_run(latents, clips, autoencoder, tmp_path):
+    error(lambda: train_diffusion(latents, DIFFUSION, tmp_path / "run", start=tmp_path / "nowhere", quiet=True), "no weights at")
+    error(lambda: train_diffusion(latents, DIFFUSION, tmp_path / "run", start=autoencoder[0] / "model", quiet=True), "transformer")
+    error(lambda: train_autoencoder(clips, clips, AE, tmp_path / "run", start=tmp_path / "nowhere", quiet=True), "no weights at")
+    assert not (tmp_path / "run").exists()
+
+
+# ---- the latent cache ----
+@torch.no_grad()
+def test_the_latent_cache_holds_what_the_models_say(clips, autoencoder, text, latents):
+    model, x = autoencoder[1], to_video(clips.clips)
+    near = lambda a, b: (a.float() - b).abs().max() <= 2 ** -7 * b.abs().max()                   # bfloat16 has 8 bits
+    assert len(latents) == 6 and latents.latents.shape == (6, 16, 2, 4, 4) and latents.tokens.shape == (6, 2, 64, 384)
+    assert near(latents.latents, model.encode(x)) and near(latents.first, model.encode(x[:, :, :1])) and near(latents.last, model.encode(x[:, :, -1:]))
+    tokens, pooled = text([decorate(clips.captions[4][1], clips.fps, float(clips.motion[4])), ""])
+    assert near(latents.tokens[4, 1], tokens[0]) and near(latents.pooled[4, 1], pooled[0]) and near(latents.null_tokens[0], tokens[1]) and near(latents.null_pooled[0], pooled[1])
+
+def test_the_latent_cache_is_read_again_and_made_anew_when_anything_changes(clips, autoencoder, text, tmp_path):
+    file, model = tmp_path / "latents.safetensors", autoencoder[1]
+    made = latent_cache(file, clips, model, text, quiet=True)
+    first = file.stat()
+    again = latent_cache(file, clips, model, text, quiet=True)
+    assert (file.stat().st_mtime_ns, file.stat().st_ino) == (first.st_mtime_ns, first.st_ino) and again.origin == made.origin and torch.equal(again.latents, made.latents)
+    other, scaled = VideoDCAE(model.cfg), VideoDCAE(replace(model.cfg, scaling_factor=2 * model.scaling_factor))
+    for m in (other, scaled): m.load_state_dict(model.state_dict())
+    with torch.no_grad(): next(other.parameters())[0, 0, 0, 0, 0] += 0.1
+    changed = [latent_cache(file, c, m, text, quiet=True) for c, m in
+               ((clips, other), (clips, scaled), (replace(clips, captions=[["no words", "none"]] * 6), model), (replace(clips, motion=clips.motion + 3), model))]
+    assert len({c.origin for c in changed} | {made.origin}) == 5, "same name, same count, other contents"
+    assert torch.allclose(changed[1].latents.float(), made.latents.float() / 2) and not torch.equal(changed[0].latents, made.latents) and not torch.equal(changed[2].tokens, made.tokens)
+
+def test_in_a_folder_each_autoencoder_has_latents_of_its_own(clips, autoencoder, text, tmp_path):
+    model = autoencoder[1]
+    scaled = VideoDCAE(replace(model.cfg, scaling_factor=1.0)); scaled.load_state_dict(model.state_dict())
+    made = [latent_cache(tmp_path / "data", clips, m, text, quiet=True) for m in (model, scaled)]
+    files = contents(tmp_path / "data")
+    assert len(files) == 2 and [latent_cache(tmp_path / "data", clips, m, text, quiet=True).origin for m in (model, scaled)] == [m.origin for m in made] and contents(tmp_path / "data") == files
+
+def test_a_file_that_is_no_latent_cache_is_one_line(clips, autoencoder, text, tmp_path):
+    for name, data in (("text", b"hello"), ("empty", b""), ("clips", None)):
+        if data is None: clips.save(tmp_path / name)
+        else: (tmp_path / name).write_bytes(data)
+        error(lambda: LatentCache.load(tmp_path / name), "is not a latent cache")
+        (tmp_path / name).rename(tmp_path / f"{name}.safetensors")
+        error(lambda: latent_cache(tmp_path / f"{name}.safetensors", clips, autoencoder[1], text, quiet=True), "is not a latent cache")
+    error(lambda: LatentCache.load(tmp_path / "nowhere"), "no such latent cache")
+
+
+# ---- the clip cache ----
+def test_a_clip_cache_comes_back_as_it_was(clips, tmp_path):
+    clips.save(tmp_path / "c.safetensors")
+    again = ClipCache.load(tmp_path / "c.safetensors")
+    assert (again.clips == clips.clips).all() and again.captions == clips.captions and (again.motion == clips.motion).all() and (again.fps, again.origin) == (clips.fps, clips.origin)
+
+def test_the_world_cache_is_rendered_once_and_is_the_pocket_world(clips, tmp_path):
+    file = tmp_path / "w.safetensors"
+    a = world_cache(file, 11, 2, 32, 8)
+    before = file.stat().st_mtime_ns
+    b = world_cache(file, 11, 2, 32, 8)
+    assert file.stat().st_mtime_ns == before and (a.clips == b.clips).all() and (a.clips == clips.clips[:2]).all() and (a.clips[1] == render(world_truth(11, 1), 32, 8)).all()
+    assert a.motion[0] == np.float32(motion_score(rgb_luma(a.clips[0]))) and all(len(forms) == 2 and len(forms[0]) > len(forms[1]) for forms in a.captions)
+    error(lambda: world_cache(file, 12, 2, 32, 8), "seed 11", "seed 12")
+
+def test_a_file_that_is_no_clip_cache_is_one_line(clips, tmp_path):
+    clips.save(good := tmp_path / "good")
+    data = good.read_bytes()
+    for name, made in (("text", b"hello"), ("empty", b""), ("cut off", data[:-100]), ("header", data[:20])):
+        (tmp_path / name).write_bytes(made)
+        error(lambda: ClipCache.load(tmp_path / name), "is not a clip cache", name)
+    save_file(dict(clips=clips.clips), tmp_path / "weights")
+    error(lambda: ClipCache.load(tmp_path / "weights"), "is not a clip cache")
+    error(lambda: ClipCache.load(tmp_path / "nowhere"), "no such clip cache")
+    error(lambda: ClipCache.load(tmp_path), "is not a clip cache")
+
+@pytest.mark.parametrize("change", [dict(motion=np.zeros(5, np.float32)), dict(captions=[["a"]] * 5), dict(clips=np.zeros((6, 8, 32, 32, 3))), dict(captions=[["a"]] * 3 + [["a", "b"]] * 3)], ids=["motion", "captions", "floats", "forms"])
+def test_a_clip_cache_that_does_not_hang_together_is_refused(clips, change):
+    with pytest.raises(ValueError): replace(clips, **change)
+
+
+# ---- a curated folder ----
+@pytest.fixture(scope="module")
+def curated(tmp_path_factory):
+    "Two films of the pocket world: three seconds of one shot, and two shots of two and a half."
+    raw, out = tmp_path_factory.mktemp("raw"), tmp_path_factory.mktemp("home") / "curated"
+    shots = [render(world_truth(3, i), size=128, num_frames=n) for i, n in enumerate((72, 60, 60))]
+    write_video(raw / "a.mp4", shots[0]); write_video(raw / "b.mp4", np.concatenate(shots[1:]))
+    (raw / "broken.mp4").write_bytes(b"nothing")
+    return out, curate(CurateConfig(raw, out, progress=False))
+
+def test_a_curated_folder_becomes_windows_of_its_kept_clips(curated):
+    folder, manifest = curated
+    kept = [row for row in read_manifest(folder).iter_rows(named=True) if row["status"] == "kept"]
+    assert kept, manifest.select("source", "status", "reason")
+    cache = curated_cache(folder, size=32, num_frames=16)
+    assert len(cache) == sum(row["num_frames"] // 16 for row in kept) and cache.clips.shape[1:] == (16, 32, 32, 3) and cache.fps == 24 and cache.captions == [[""]] * len(cache)
+    assert (cache.clips[:2] == decode(folder / kept[0]["path"], size=32)[:32].reshape(2, 16, 32, 32, 3)).all()
+    assert all(m == np.float32(motion_score(rgb_luma(c))) for m, c in zip(cache.motion, cache.clips))
+
+def test_half_the_rate_takes_every_second_frame(curated):
+    kept = [row for row in read_manifest(curated[0]).iter_rows(named=True) if row["status"] == "kept"]
+    cache = curated_cache(curated[0], size=32, num_frames=8, fps=12)
+    assert (cache.clips[0] == decode(curated[0] / kept[0]["path"], size=32)[:16:2]).all() and cache.fps == 12
+
+def test_captions_of_the_manifest_are_used_and_tell_caches_apart(curated, tmp_path):
+    import polars as pl, shutil
+    folder = shutil.copytree(curated[0], tmp_path / "curated")
+    write_manifest(read_manifest(folder).with_columns(text=pl.lit("a red ball")), folder / "manifest.parquet")
+    assert set(map(tuple, curated_cache(folder, 32, 16).captions)) == {("a red ball",)}
+
+def test_a_curated_folder_without_anything_usable_is_one_line(curated, tmp_path):
+    error(lambda: curated_cache(curated[0], 32, num_frames=500), "no kept clip", "500 frames")
+    error(lambda: curated_cache(tmp_path, 32), "no such manifest")
+    error(lambda: curated_cache(tmp_path / "nowhere", 32), "no such manifest")
+
+def test_a_clip_that_is_gone_is_one_line(curated, tmp_path):
+    import shutil
+    folder = shutil.copytree(curated[0], tmp_path / "curated")
+    next((folder / "clips").iterdir()).unlink()
+    error(lambda: curated_cache(folder, 32, 16), "clips")
