@@ -41,6 +41,8 @@ def given(tmp_path_factory):
     (folder / "half.png").write_bytes((folder / "first.png").read_bytes()[:300]); (folder / "a-file").write_text("in the way")
     data = (folder / "mmdit/model.safetensors").read_bytes()
     (folder / "cut").mkdir(); (folder / "cut/model.safetensors").write_bytes(data[: len(data) // 2]); shutil.copy(folder / "mmdit/config.json", folder / "cut")
+    (folder / "odd-config").mkdir(); shutil.copy(folder / "mmdit/model.safetensors", folder / "odd-config")
+    (folder / "odd-config/config.json").write_text(json.dumps(json.loads((folder / "mmdit/config.json").read_text()) | dict(num_heads=3)))
     return folder
 
 @pytest.fixture(scope="module")
@@ -125,6 +127,7 @@ def test_train_ae_stops_at_ctrl_c_and_the_same_command_goes_on(given, held_out, 
 REFUSED = [
     ("generate --prompt x --autoencoder {given}/nowhere --mmdit {given}/mmdit", "no weights at"), ("generate --prompt x --autoencoder {given}/ae --mmdit {given}/nowhere", "no weights at"),
     ("generate --prompt x --autoencoder {given}/nothing --mmdit {given}/mmdit", "no .safetensors file in folder"), ("generate --prompt x --autoencoder {given}/ae --mmdit {given}/cut", "cannot read the weights"),
+    ("generate --prompt x --autoencoder {given}/ae --mmdit {given}/odd-config", "does not describe a transformer"),
     ("generate --prompt x --autoencoder {given}/text.safetensors --mmdit {given}/mmdit", "cannot read the weights"), ("generate --prompt x --autoencoder {given}/ae --mmdit {given}/text.png", "must be a .safetensors file"),
     ("generate --prompt x --autoencoder {given}/mmdit --mmdit {given}/mmdit", "does not fit this autoencoder"), ("generate --prompt x --autoencoder {given}/ae --mmdit {given}/ae", "transformer"),
     ("generate --prompt x --autoencoder {given}/ae8 --mmdit {given}/mmdit", "do not belong together"), ("generate --prompt x --autoencoder {given}/ae --mmdit {given}/wide", "do not belong together"),
@@ -151,7 +154,7 @@ def test_what_cannot_be_done_is_one_line_and_leaves_nothing(given, tmp_path, mon
     assert not out and err.count("\n") == 1 and err.startswith(f"osnb {command.split()[0]}: ") and said in err and len(err) < 500, err
     assert not list(tmp_path.rglob("*")) and contents(given) == before
 
-@pytest.mark.parametrize("command", ["generate --prompt x --autoencoder {given}/nowhere", "train-ae --data {given}/nowhere", "train --data {given}/clips.safetensors --autoencoder {given}/cut/model.safetensors"])
+@pytest.mark.parametrize("command", ["train-ae --data {given}/nowhere", "train --data {given}/clips.safetensors --autoencoder {given}/cut/model.safetensors"])
 def test_the_same_in_a_process_of_its_own(given, tmp_path, command):
     r = typed(*words(command, given), cwd=tmp_path)
     assert r.returncode == 2 and not r.stdout and r.stderr.count("\n") == 1 and r.stderr.startswith("osnb ") and not list(tmp_path.rglob("*")), r.stderr

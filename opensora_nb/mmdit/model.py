@@ -261,7 +261,8 @@ class MMDiT(nn.Module):
         path = find_weights(path_or_repo, prefer=("model.safetensors", "Open_Sora_v2.safetensors"))
         if cfg is None:
             found = read_config(path, needs="hidden_size")
-            cfg = MMDiTConfig.from_dict(found) if found else _published_config(path)
+            try: cfg = MMDiTConfig.from_dict(found) if found else _published_config(path)
+            except (TypeError, ValueError) as e: raise UserError(f"{path.with_name('config.json')} does not describe a transformer: {e}") from e
         with torch.device("meta"): model = cls(cfg)                      # shapes only: nothing is initialised just to be overwritten
         wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
         if problem := _difference(wanted, read_shapes(path)): raise UserError(f"{path.name} does not fit this transformer: {problem}")
