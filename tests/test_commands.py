@@ -49,7 +49,7 @@ def given(tmp_path_factory):
 def held_out(tmp_path_factory):
     "The clips that `osnb train-ae` measures on, rendered once for all runs."
     folder = tmp_path_factory.mktemp("held-out") / "data"
-    world_cache(folder / "pocket-world-1-16.safetensors", 1, 16, 64, 32)
+    world_cache(folder / "pocket-world-1-16x32-64px.safetensors", 1, 16, 64, 32)
     return folder
 
 def words(text, given, **more): return [w.format(given=given, **more) for w in text.split()]

@@ -34,9 +34,9 @@ def whole(path: str | Path) -> Iterator[Path]:
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
-    temporary.chmod(0o666 & ~_umask())       # mkstemp makes private files; a result is an ordinary file
     try:
         yield temporary
+        temporary.chmod(0o666 & ~_umask())   # mkstemp and some writers make private files; a result is an ordinary one
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

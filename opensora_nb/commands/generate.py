@@ -31,14 +31,15 @@ class Config:
     negative_prompt: str = ""                  # what to move away from
     autoencoder: Path | None = None            # autoencoder weights; without it the pocket's
     mmdit: Path | None = None                  # transformer weights; without it the pocket's
+    text_encoders: Path | None = None          # folder with google/t5-v1_1-xxl and openai/clip-vit-large-patch14; without it the pocket's
     progress: bool = True                      # progress bar
 
-def load_pipeline(autoencoder: Path | None = None, mmdit: Path | None = None) -> ImageToVideo:
+def load_pipeline(autoencoder: Path | None = None, mmdit: Path | None = None, text_encoders: Path | None = None) -> ImageToVideo:
     "The pipeline with the given weights, or the pocket weights of the package where none are given."
     from opensora_nb.autoencoder.dc_ae import VideoDCAE
     from opensora_nb.mmdit.model import MMDiT
-    from opensora_nb.mmdit.text import TextEncoder
-    return ImageToVideo(VideoDCAE.from_pretrained(autoencoder or shipped("autoencoder")), MMDiT.from_pretrained(mmdit or shipped("mmdit")).eval(), TextEncoder())
+    from opensora_nb.mmdit.text import load_text_encoder
+    return ImageToVideo(VideoDCAE.from_pretrained(autoencoder or shipped("autoencoder")), MMDiT.from_pretrained(mmdit or shipped("mmdit")).eval(), load_text_encoder(text_encoders))
 
 def read_image(path: Path, size: tuple[int, int]):
     "A picture as `(1, 3, H, W)` in [-1, 1], resized to cover the size and cropped around the centre. Raises UserError for anything else."
@@ -60,7 +61,7 @@ def run(cfg: Config) -> int:
     if cfg.num_sample < 1: raise UserError(f"num_sample must be at least 1, got {cfg.num_sample}")
     sample = SampleConfig(cfg.num_frames, *cfg.size, cfg.steps, cfg.guidance, cfg.motion_score, negative_prompt=cfg.negative_prompt)
     image = None if cfg.image is None else read_image(cfg.image, cfg.size)
-    pipeline = load_pipeline(cfg.autoencoder, cfg.mmdit)
+    pipeline = load_pipeline(cfg.autoencoder, cfg.mmdit, cfg.text_encoders)
     pipeline.check(sample, image is not None)
     for seed in range(cfg.seed, cfg.seed + cfg.num_sample):
         started = time.perf_counter()

@@ -8,6 +8,7 @@ __all__ = ['Config', 'run']
 # %% ../../nbs/commands/04_train.ipynb #03bbe0c3
 from dataclasses import dataclass, replace
 from pathlib import Path
+from ..cluster.files import UserError
 from ..cluster.weights import shipped
 from .train_ae import TrainConfig
 
@@ -17,17 +18,21 @@ class Config(TrainConfig):
     "Train the MMDiT by flow matching, text and image to video."
     name: str = "pocket-mmdit"                 # the run's folder is OUT/NAME; running the same again goes on where it stopped
     autoencoder: Path | None = None            # autoencoder weights, a file or folder; without it the pocket autoencoder
+    text_encoders: Path | None = None          # folder with google/t5-v1_1-xxl and openai/clip-vit-large-patch14; without it the pocket text encoder
 
 def run(cfg: Config) -> int:
     "Trains and prints where the weights are."
     from opensora_nb.autoencoder.dc_ae import VideoDCAE
     from opensora_nb.mmdit.model import high_compression
-    from opensora_nb.mmdit.text import TextEncoder
+    from opensora_nb.mmdit.text import load_text_encoder
     from opensora_nb.training.diffusion import DiffusionRecipe, latent_cache, pocket_recipe, train_diffusion
+    if cfg.preset == "report" and not (cfg.autoencoder and cfg.text_encoders):
+        raise UserError("--preset report trains the published model: name its autoencoder (--autoencoder) and its text encoders (--text-encoders)")
     recipe, size, num_frames = (pocket_recipe(), 64, 32) if cfg.preset == "pocket" else (DiffusionRecipe(high_compression()), 256, 128)
     recipe, run = replace(recipe, loop=cfg.loop(recipe.loop)), cfg.out / cfg.name
     autoencoder, start = VideoDCAE.from_pretrained(cfg.autoencoder or shipped("autoencoder")), cfg.start_from("mmdit")
-    cache = latent_cache(cfg.out / "data", cfg.training_clips(size, num_frames), autoencoder, TextEncoder())
+    text = load_text_encoder(cfg.text_encoders)
+    cache = latent_cache(cfg.out / "data", cfg.training_clips(size, num_frames), autoencoder, text)
     train_diffusion(cache, recipe, run, start)
     print(f"weights: {run / 'model'}\nlog:     {run / 'log.jsonl'}")
     return 0

@@ -38,13 +38,16 @@ class TrainConfig:
     def training_clips(self, size: int, num_frames: int) -> ClipCache:
         "Clips to train on."
         if self.clips < 1: raise UserError(f"clips must be at least 1, got {self.clips}")
-        if self.data is None: return world_cache(self.out / "data" / f"pocket-world-0-{self.clips}.safetensors", 0, self.clips, size, num_frames)
+        if self.data is None: return self._world(0, self.clips, size, num_frames)
         path = existing(self.data, "training data", "a folder made by `osnb curate`, or a clip cache")
         return curated_cache(path, size, num_frames) if path.is_dir() else ClipCache.load(path)
 
     def held_out_clips(self, size: int, num_frames: int, count: int = 16) -> ClipCache:
         "Clips of another seed of the pocket world, never trained on."
-        return world_cache(self.out / "data" / f"pocket-world-1-{count}.safetensors", 1, count, size, num_frames)
+        return self._world(1, count, size, num_frames)
+
+    def _world(self, seed: int, count: int, size: int, num_frames: int) -> ClipCache:
+        return world_cache(self.out / "data" / f"pocket-world-{seed}-{count}x{num_frames}-{size}px.safetensors", seed, count, size, num_frames)
 
     def start_from(self, kind: str) -> Path | None:
         "The weights named by `start`; asked for before clips are rendered or encoded, for a wrong name should not take minutes to show."

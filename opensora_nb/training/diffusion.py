@@ -106,7 +106,7 @@ class DiffusionRecipe:
 
 def pocket_recipe() -> DiffusionRecipe:
     "5.2 million parameters, 512 video tokens; a quarter of the samples without image, because nobody lends us a text-to-image model to start from."
-    return DiffusionRecipe(pocket(), LoopConfig(steps=2000, batch_size=16, lr=1e-3, warmup=100, final_lr=0.05, betas=(0.9, 0.99), eps=1e-8, ema=0.995, save_every=100),
+    return DiffusionRecipe(pocket(), LoopConfig(steps=2000, batch_size=8, lr=2e-3, warmup=50, final_lr=0.05, betas=(0.9, 0.99), eps=1e-8, ema=0.995, save_every=100),
                            dict(t2v=1, i2v_head=3))
 
 def diffusion_loss(model: MMDiT, cache: LatentCache, indices: list[int], recipe: DiffusionRecipe, generator: torch.Generator) -> dict[str, torch.Tensor]:

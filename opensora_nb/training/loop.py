@@ -128,10 +128,11 @@ def train(model: nn.Module, loss: Loss, num_samples: int, cfg: LoopConfig, run: 
             optimizer.step(); optimizer.zero_grad(set_to_none=True)
             step, seen = step + 1, seen + cfg.batch_size
             if average is not None: update_average(average, model, cfg.ema, step)
-            line = dict(step=step, samples=seen, **{k: round(v.item(), 6) for k, v in parts.items()}, grad_norm=round(norm.item(), 5),
+            line = dict(step=step, samples=seen, **{k: round(v.item(), 6) if v.isfinite() else None for k, v in parts.items()}, grad_norm=round(norm.item(), 5),
                         lr=learning_rate(cfg, step - 1), seconds=round(time.perf_counter() - started, 4))
             log.write(json.dumps(line) + "\n"); log.flush()
-            for k in (*parts, "grad_norm", "lr"): board.add_scalar(k, line[k], step)
+            for k in (*parts, "grad_norm", "lr"):
+                if line[k] is not None: board.add_scalar(k, line[k], step)
             bar.update(); bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
             if stop.asked or step % cfg.save_every == 0 or step == cfg.steps: save()
             if stop.asked and step < cfg.steps: raise KeyboardInterrupt(f"stopped at step {step} of {cfg.steps}; the same command goes on from there ({run})")
