@@ -51,7 +51,7 @@ def write_report(notebook, path: Path) -> None:
     page = notebook.copy()
     for cell in page.cells:
         if cell.cell_type == "code" and cell.source.startswith("#| hide"): cell.metadata = {**cell.metadata, "transient": {"remove_source": True}}
-    text, _ = HTMLExporter(embed_images=True).from_notebook_node(page)
+    text, _ = HTMLExporter(embed_images=True, mathjax_url="", require_js_url="").from_notebook_node(page)       # nothing is fetched to read it
     with whole(path) as out: out.write_text(text)
 
 def run(cfg: Config) -> int:
