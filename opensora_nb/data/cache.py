@@ -48,7 +48,7 @@ class ClipCache:
         except Exception as e: raise UserError(f"{path} is not a clip cache: {type(e).__name__} {e}".splitlines()[0]) from e
 
 # %% ../../nbs/data/08_cache.ipynb #4ad54f48
-def world_cache(path: str | Path, seed: int, count: int, size: int = 64, num_frames: int = 32) -> ClipCache:
+def world_cache(path: str | Path, seed: int, count: int, size: int = 64, num_frames: int = 32, progress: bool = True) -> ClipCache:
     """`count` clips of the pocket world `seed`, rendered to `path` once (0.15 s each) and read from there afterwards.
 
     Raises UserError where the file holds something else.
@@ -61,7 +61,7 @@ def world_cache(path: str | Path, seed: int, count: int, size: int = 64, num_fra
         if cache.origin == origin: return cache
         raise UserError(f"{path} holds '{cache.origin}', not '{origin}': name another file or remove it")
     clips, captions = np.empty((count, num_frames, size, size, 3), np.uint8), []
-    for i in tqdm(range(count), desc=origin, unit="clip", mininterval=2):
+    for i in tqdm(range(count), desc=origin, unit="clip", mininterval=2, disable=not progress):
         truth = world_truth(seed, i)
         clips[i] = render(truth, size, num_frames)
         captions.append([caption(truth), caption(truth, short=True)])
@@ -71,7 +71,7 @@ def world_cache(path: str | Path, seed: int, count: int, size: int = 64, num_fra
     return cache
 
 # %% ../../nbs/data/08_cache.ipynb #17f87ea5
-def curated_cache(folder: str | Path, size: int = 64, num_frames: int = 32, fps: float = 24.0) -> ClipCache:
+def curated_cache(folder: str | Path, size: int = 64, num_frames: int = 32, fps: float = 24.0, progress: bool = True) -> ClipCache:
     """Windows of `num_frames` frames from the kept clips of a curated folder (its manifest decides), resized and cropped to `size`.
 
     Frames are dropped evenly where a clip's rate is above `fps`; the last, incomplete window of a clip is left out. Clips without a text get an empty one.
@@ -84,7 +84,7 @@ def curated_cache(folder: str | Path, size: int = 64, num_frames: int = 32, fps:
     folder = Path(folder)
     kept = [row for row in read_manifest(folder).iter_rows(named=True) if row["status"] == "kept"]
     clips, captions = [], []
-    for row in tqdm(kept, desc=f"clips of {folder.name}", unit="clip", mininterval=2):
+    for row in tqdm(kept, desc=f"clips of {folder.name}", unit="clip", mininterval=2, disable=not progress):
         frames = decode(folder / row["path"], size=size)
         keep = np.arange(0, len(frames), max(1.0, row["fps"] / fps)).round().astype(int)
         frames = frames[keep[keep < len(frames)]]
