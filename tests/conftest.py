@@ -1,4 +1,5 @@
 "Options of the test-suite, and what it says at the end."
+import signal
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -19,6 +20,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)    # run from a script with &: children must hear Ctrl-C
     config.stash[GOLDEN] = defaultdict(Tally)
     if given := config.getoption("--golden"):
         if not Path(given).is_dir(): raise pytest.UsageError(f"--golden {given}: no such folder; give one with <family>.json and .npz files")

@@ -49,7 +49,7 @@ def test_leaves_manifest_clips_curves_samples_and_a_report(tour):
         assert (OUT / name).stat().st_size > 1000, name
     report = (OUT / "report.html").read_text()
     assert report.count("data:image/png;base64") + report.count("data:image/jpeg;base64") >= 8 and "data:video/mp4;base64" in report, "pictures and clips are inside"
-    assert "FOOTAGE" not in report and "Traceback" not in report
+    assert str(ROOT) not in report and "Traceback" not in report and 'src="http' not in report
 
 
 def test_footage_that_is_none_is_one_line(tmp_path):
