@@ -17,6 +17,8 @@ from opensora_nb.mmdit import model as mmdit
 from opensora_nb.mmdit.model import MMDiT
 from opensora_nb.training.loop import read_log
 
+pytestmark = pytest.mark.slow        # real processes and files: half a minute
+
 OSNB = [sys.executable, "-m", "opensora_nb.commands.cli"]
 TINY_AE = replace(dc_ae.pocket(), enc_width=(8, 16, 32, 32), dec_width=(8, 16, 32, 32), enc_depth=(0, 1, 1, 1), dec_depth=(0, 1, 1, 1), scaling_factor=0.5)
 TINY_MMDIT = replace(mmdit.pocket(), hidden_size=64, num_heads=2, depth=1, depth_single_blocks=1)

@@ -13,6 +13,8 @@ from opensora_nb.data.scores import MotionRange
 from opensora_nb.data.video import decode, probe
 from opensora_nb.data.world import FPS
 
+pytestmark = pytest.mark.slow        # real processes and files: half a minute
+
 @pytest.fixture(scope="module")
 def footage(tmp_path_factory):
     folder = tmp_path_factory.mktemp("raw")

@@ -7,6 +7,8 @@ import pytest
 
 from test_golden import RELATIVE, Family, family, weight
 
+pytestmark = pytest.mark.slow        # real processes and files: half a minute
+
 TESTS = Path(__file__).parent
 
 
