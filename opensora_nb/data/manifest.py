@@ -33,11 +33,13 @@ COLUMNS: dict[str, pl.DataType] = {
     "score_blur": pl.Float64(),       # variance of the Laplacian
     "blurry": pl.Boolean(),
     "score_ocr": pl.Float64(),        # share of the frame under text, 0 to 1
-    "score_jitter": pl.Float64(),
+    "score_jitter": pl.Float64(),    # mean change of content from frame to frame, 0 to 255
+    "score_shake": pl.Float64(),     # how much the camera trembles, per mille of the picture's height per frame
     "text": pl.String(),              # the caption
     "status": pl.String(),            # kept, rejected or failed
     "reason": pl.String(),            # one word of REASONS; null for a kept clip
     "level": pl.Int64(),              # layer of the data pyramid; null until one is assigned
+    "duplicate_of": pl.String(),     # clip_id of the better clip that this one repeats
 }
 
 # %% ../../nbs/data/00_manifest.ipynb #a31b61a2
@@ -50,7 +52,13 @@ REASONS: dict[str, str] = {
     "broken": "the data cannot be decoded",
     "streamless": "a media file without a picture, for instance sound only",
     "unreadable": "the file cannot be opened: it is gone, or permission is denied",
+    "playlist": "a list of other files, not a video itself",
+    "outside": "a link that leads out of the folder",
+    "crashed": "the process that read it died: a decoder that crashed, or memory that ran out",
+    "timeout": "reading it took longer than the time limit",
     # rejected: technical filters on the file
+    "source": "its source is denied by pattern",
+    "size": "the picture has fewer than 16 rows or columns, or too many pixels",
     "duration": "the file is too short",
     "bpp": "too few bits per pixel: compressed until hardly anything is left",
     "fps": "too few frames per second",
@@ -62,6 +70,12 @@ REASONS: dict[str, str] = {
     # rejected: the score
     "still": "motion score too low: hardly anything moves",
     "frantic": "motion score too high: shots not split, or flicker",
+    "blur": "most of its frames are not sharp",
+    "text": "too much of the picture is under text",
+    "jitter": "the camera shakes",
+    "aesthetic": "aesthetic score too low",
+    # rejected: the rest of the collection
+    "duplicate": "a near copy of a better clip",
 }
 
 # %% ../../nbs/data/00_manifest.ipynb #e015d887
