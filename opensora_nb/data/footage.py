@@ -7,13 +7,13 @@ __all__ = ['CLIPS_WHEEL', 'CLIPS_SHA256', 'CLIPS', 'make_footage', 'caption_from
 
 # %% ../../nbs/data/12_footage.ipynb #1148fd98
 import json, os, subprocess, sys, tempfile, zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-import av, numpy as np, polars as pl
+import av, cv2, numpy as np, polars as pl
 from tqdm import tqdm
 from ..cluster.files import UserError, existing, whole
-from .video import write_video
-from .world import FPS, caption, render, sample_truth
+from .video import resize_crop, write_video
+from .world import FPS, Truth, caption, render, sample_truth
 
 # %% ../../nbs/data/12_footage.ipynb #a63bac8c
 def _film(rng: np.random.Generator, lengths: list[int], size: int, scores: list[float] | None = None) -> tuple[np.ndarray, list[dict]]:
@@ -21,41 +21,45 @@ def _film(rng: np.random.Generator, lengths: list[int], size: int, scores: list[
     frames, shots, at = [], [], 0
     for k, length in enumerate(lengths):
         truth = sample_truth(rng, score=float(rng.uniform(1, 8)) if scores is None else scores[k])
-        frames.append(render(truth, size, length))
-        shots.append(dict(start_s=at / FPS, end_s=(at + length) / FPS, caption=caption(truth), short_caption=caption(truth, short=True), truth=asdict(truth)))
+        frames.append(render(truth, size, length)); shots.append(_shot(truth, at / FPS, (at + length) / FPS))
         at += length
     return np.concatenate(frames), shots
 
+def _shot(truth: Truth, start_s: float, end_s: float) -> dict:
+    return dict(start_s=start_s, end_s=end_s, caption=caption(truth), short_caption=caption(truth, short=True), truth=asdict(truth))
+
 # %% ../../nbs/data/12_footage.ipynb #a81cbe0c
-def _write_defects(out: Path, rng: np.random.Generator, size: int) -> list[dict]:
-    "Writes the defective files into `out` and returns their records: file, defect, status and reason of each expected row, shots."
-    (base, base_shots), (trailer, trailer_shots), (long, long_shots) = _film(rng, [72], size, [2.5]), _film(rng, [24] * 4, size), _film(rng, [252], size, [3.0])
-    grain = np.clip(base[:1] + rng.normal(0, 2, base.shape).round(), 0, 255).astype(np.uint8)
-    boxed, bar, band = base.copy(), size // 8 & ~1, int(size * 0.3) & ~1
-    boxed[:, :bar] = boxed[:, -bar:] = 0
-    records = []
-    def record(name, reason, shots=(), **more): records.append(dict(file=name, defect=name.split(".")[0], reason=reason, shots=list(shots), **more))
-    def video(name, reason, frames, shots=base_shots, fps=FPS, more={}, **options):
-        write_video(out / name, frames, fps=fps, **options); record(name, reason, [dict(s, end_s=min(s["end_s"], len(frames) / fps)) for s in shots], **more)
-    def raw(name, reason, content):
-        with whole(out / name) as temporary: temporary.write_bytes(content)
-        record(name, reason)
-    video("letterbox.mp4", None, boxed, more=dict(box=[bar, 0, size - 2 * bar, size]))
-    video("long.mp4", None, long, long_shots)
-    raw("random-bytes.mp4", "broken", rng.bytes(4000))
-    whole_file = (out / "letterbox.mp4").read_bytes()
-    raw("half-downloaded.mp4", "truncated", whole_file[: len(whole_file) // 2])
-    raw("nothing.mp4", "empty", b"")
-    raw("error-page.mp4", "foreign", b"<html><body><h1>404 Not Found</h1></body></html>\n")
-    _write_sound(out / "sound-only.mp4"); record("sound-only.mp4", "streamless")
-    video("blink.mp4", "duration", base[:36])
-    video("rubble.mp4", "bpp", base, crf=51)
-    video("slide-show.mp4", "fps", base[::2], fps=FPS / 2)
-    video("banner.mp4", "aspect", base[:, size // 3 : size // 3 + band])
-    video("video-call.mp4", "profile", base, profile="baseline")
-    video("trailer.mp4", "shot", trailer, trailer_shots)
-    video("frozen.mp4", "still", grain)
-    return records
+class _Writer:
+    "Writes footage into a folder and keeps the books: one record a file."
+    def __init__(self, out: Path): self.out, self.records = out, []
+
+    def note(self, name: str, reason: str | None, shots: list[dict] = (), kind: str = "video", clean: bool = False, **more) -> None:
+        self.records.append(dict(file=name, kind=kind, defect=None if clean else name.split(".")[0], reason=reason, shots=list(shots), **more))
+
+    def video(self, name: str, reason: str | None, frames: np.ndarray, shots: list[dict], fps: float = FPS, more: dict = {}, **options) -> None:
+        write_video(self.out / name, frames, fps=fps, **options)
+        self.note(name, reason, [dict(s, end_s=min(s["end_s"], len(frames) / fps)) for s in shots], **more)
+
+    def raw(self, name: str, reason: str, content: bytes, **more) -> None:
+        with whole(self.out / name) as temporary: temporary.write_bytes(content)
+        self.note(name, reason, **more)
+
+# %% ../../nbs/data/12_footage.ipynb #2df5a23e
+def _write_file_defects(book: _Writer, rng: np.random.Generator, size: int) -> None:
+    "Files that the header or the technical filters give away."
+    (base, shots), (trailer, trailer_shots), band = _film(rng, [72], size, [2.5]), _film(rng, [24] * 4, size), int(size * 0.3) & ~1
+    book.raw("random-bytes.mp4", "broken", rng.bytes(4000))
+    book.raw("nothing.mp4", "empty", b"")
+    book.raw("error-page.mp4", "foreign", b"<html><body><h1>404 Not Found</h1></body></html>\n")
+    book.raw("playlist.mp4", "playlist", b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nhttp://films.invalid/part-0.ts\n#EXT-X-ENDLIST\n")
+    _write_sound(book.out / "sound-only.mp4"); book.note("sound-only.mp4", "streamless")
+    book.video("blink.mp4", "duration", base[:36], shots)
+    book.video("rubble.mp4", "bpp", base, shots, crf=51)
+    book.video("slide-show.mp4", "fps", base[::2], shots, fps=FPS / 2)
+    book.video("banner.mp4", "aspect", base[:, size // 3 : size // 3 + band], shots)
+    book.video("video-call.mp4", "profile", base, shots, profile="baseline")
+    book.raw("half-downloaded.mp4", "truncated", (half := (book.out / "video-call.mp4").read_bytes())[: len(half) // 2])
+    book.video("trailer.mp4", "shot", trailer, trailer_shots)
 
 def _write_sound(path: Path, seconds: float = 2.0) -> None:
     "An mp4 without a picture: silence."
@@ -67,34 +71,132 @@ def _write_sound(path: Path, seconds: float = 2.0) -> None:
             container.mux(stream.encode(sound))
         container.mux(stream.encode(None))
 
+# %% ../../nbs/data/12_footage.ipynb #6ffeb113
+def _turn(path: Path) -> None:
+    "Sets the display matrix of an mp4 file's first track: a player turns the picture by 90 degrees, counter-clockwise."
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 44                                            # 4 for the name, 40 for what stands before the matrix
+    data[at : at + 36] = np.array([0, -(1 << 16), 0, 1 << 16, 0, 0, 0, 0, 1 << 30], ">i4").tobytes()      # 16.16 fixed point, the last column 2.30
+    with whole(path) as temporary: temporary.write_bytes(data)
+
+def _write_mendable(book: _Writer, rng: np.random.Generator, size: int) -> None:
+    "Files that are kept, but not as they are."
+    bar, side, tall = size // 8 & ~1, size // 6 & ~1, int(size * 0.7) & ~1
+    (boxed, boxed_shots), (pillar, pillar_shots), (long, long_shots), (phone, phone_shots) = (_film(rng, [n], size, [score]) for n, score in ((72, 2.5), (60, 3.0), (252, 3.0), (60, 3.0)))
+    boxed[:, :bar] = boxed[:, -bar:] = 0
+    pillar[:, :, :side] = pillar[:, :, -side:] = 0
+    book.video("letterbox.mp4", None, boxed, boxed_shots, more=dict(box=[bar, 0, size - 2 * bar, size]))
+    book.video("pillarbox.mp4", None, pillar, pillar_shots, more=dict(box=[0, side, size, size - 2 * side]))
+    book.video("long.mp4", None, long, long_shots)
+    truth = sample_truth(rng, 5.0)
+    book.video("60fps.mp4", None, render(truth, size, 150, fps=60), [_shot(truth, 0, 2.5)], fps=60)
+    book.video("rotated.mp4", None, np.rot90(phone[:, :, (size - tall) // 2 & ~1 :][:, :, :tall], -1, (1, 2)), phone_shots, more=dict(upright=[size, tall]))
+    _turn(book.out / "rotated.mp4")
+
+# %% ../../nbs/data/12_footage.ipynb #9d67d7db
+def _write(frame: np.ndarray, text: str, x: float, y: float, height: float, ink: tuple = (255, 255, 255), rim: tuple | None = (0, 0, 0), centred: bool = False) -> None:
+    "Draws a line of capitals onto an RGB frame, in place: baseline at x, y; height of the letters in pixels; rim: colour of their outline."
+    scale, thick = height / 22, max(1, round(height / 9))
+    if centred: x -= cv2.getTextSize(text, cv2.FONT_HERSHEY_DUPLEX, scale, thick)[0][0] / 2
+    for color, extra in ((rim, 2 * thick), (ink, 0)):
+        if color is not None: cv2.putText(frame, text, (round(x), round(y)), cv2.FONT_HERSHEY_DUPLEX, scale, color, thick + extra, cv2.LINE_AA)
+
+def _subtitle(frames: np.ndarray) -> np.ndarray:
+    "Two lines of white capitals above the lower edge, others each second, and the mark of a channel in the corner."
+    lines, out, s = ["LOOK AT THIS|LITTLE WORLD", "EVERYTHING|MOVES HERE", "AND NOBODY|KNOWS WHY", "STAY WITH US|UNTIL THE END"], frames.copy(), frames.shape[1]
+    for k, frame in enumerate(out):
+        for row, line in enumerate(lines[k // FPS % 4].split("|")): _write(frame, line, s / 2, s * (0.79 + 0.13 * row), s / 14, centred=True)
+        _write(frame, "POCKET TV", s * 0.62, s * 0.09, s / 26)
+    return out
+
+def _news(frames: np.ndarray) -> np.ndarray:
+    "A headline on red and a ticker that runs on blue."
+    out, s, ticker = frames.copy(), frames.shape[1], "CIRCLE MEETS SQUARE    TRIANGLE STILL MISSING    SUNNY WITH CLOUDS    "
+    width = cv2.getTextSize(ticker, cv2.FONT_HERSHEY_DUPLEX, s / 16 / 22, max(1, round(s / 16 / 9)))[0][0]
+    for k, frame in enumerate(out):
+        frame[int(0.70 * s) : int(0.84 * s)], frame[int(0.86 * s) : int(0.97 * s)] = (190, 20, 30), (20, 40, 130)
+        _write(frame, "BREAKING NEWS", s / 2, 0.80 * s, s / 13, rim=None, centred=True)
+        for turn in (0, 1): _write(frame, ticker, turn * width - k * s / 48 % width, 0.94 * s, s / 16, (255, 230, 90), None)
+    return out
+
+# %% ../../nbs/data/12_footage.ipynb #ea14b20f
+def _tremble(rng: np.random.Generator, frames: np.ndarray, size: int, share: float = 0.013) -> np.ndarray:
+    "A window of `size` pixels that jumps about in larger frames: offsets of `share` of its side (standard deviation), new ones for each frame."
+    room = frames.shape[1] - size
+    corners = np.clip(np.round(room / 2 + rng.normal(0, share * size, (len(frames), 2))), 0, room).astype(int)
+    return np.stack([f[y : y + size, x : x + size] for f, (y, x) in zip(frames, corners)])
+
+def _write_picture_defects(book: _Writer, rng: np.random.Generator, size: int) -> None:
+    "Files that have to be looked at. Each has a world of its own, so that none is a copy of another."
+    margin = size // 6 & ~1
+    def film(side=size, score=2.5): return _film(rng, [60], side, [score])
+    frames, shots = film(); book.video("frozen.mp4", "still", np.clip(frames[:1] + rng.normal(0, 2, frames.shape).round(), 0, 255).astype(np.uint8), shots)
+    frames, shots = film(); book.video("subtitled.mp4", "text", _subtitle(frames), shots)
+    frames, shots = film(); book.video("news.mp4", "text", _news(frames), shots)
+    frames, shots = film(); book.video("out-of-focus.mp4", "blur", np.stack([cv2.GaussianBlur(f, (0, 0), size / 48) for f in frames]), shots, crf=12)
+    frames, shots = film(size + margin); book.video("hand-held.mp4", "jitter", _tremble(rng, frames, size), shots)
+    fade = np.minimum(np.arange(60) / 36, 1)[:, None, None]
+    snow = 120 + fade * 70 * rng.standard_normal((60, size // 4, size // 4))
+    book.video("snow.mp4", "frantic", np.clip(snow, 0, 255).astype(np.uint8).repeat(4, 1).repeat(4, 2)[..., None].repeat(3, 3), [], crf=28)
+
+# %% ../../nbs/data/12_footage.ipynb #449964a7
+def _still_caption(truth: Truth, short: bool = False) -> str:
+    "The caption of one frame: without what only shows over time."
+    what = caption(replace(truth, action="roll"), short=True).replace(" rolling", "")
+    return what if short else f"{what[0].upper()}{what[1:]} in front of {truth.background}, in {truth.lighting} light, {truth.style} animation."
+
+def _write_photos(book: _Writer, rng: np.random.Generator, size: int) -> None:
+    "Still images: four to keep, and one of each defect."
+    def still(side=size):
+        truth = sample_truth(rng, 3.0)
+        return render(truth, side, 8)[-1], [_shot(truth, 0, 0) | dict(caption=_still_caption(truth), short_caption=_still_caption(truth, short=True))]
+    def jpeg(picture, quality=92): return cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+    def photo(name, reason, picture, shots=(), **more): book.raw(name, reason, jpeg(picture), shots=shots, kind="image", **more)
+    for k in range(4):
+        picture, shots = still(); photo(f"photo-{k:03d}.jpg", None, picture, shots, clean=True)
+        if k == 0: small, small_shots = cv2.resize(picture, None, fx=0.75, fy=0.75, interpolation=cv2.INTER_AREA), shots
+    book.raw("photo-copy.jpg", "duplicate", jpeg(small, 70), shots=small_shots, kind="image", duplicate_of="photo-000.jpg")
+    picture, shots = still(); photo("photo-blurred.jpg", "blur", cv2.GaussianBlur(picture, (0, 0), size / 48), shots)
+    picture, shots = still(); photo("strip.jpg", "aspect", picture[size // 3 : size // 3 + int(size * 0.3)], shots)
+    picture, shots = still(); book.raw("half-photo.jpg", "truncated", (half := jpeg(picture))[: len(half) // 2], kind="image")
+    page, words = np.full((size * 4 // 3, size, 3), 250, np.uint8), "A PAGE OF|A BOOK ABOUT|CIRCLES AND|TRIANGLES.|IT HAS MANY|WORDS AND NO|PICTURES AT|ALL, SADLY.".split("|")
+    for row, line in enumerate(words): _write(page, line, size / 12, size * (0.16 + 0.155 * row), size / 15, (25, 25, 25), None)
+    photo("page.jpg", "text", page)
+
 # %% ../../nbs/data/12_footage.ipynb #d5ee6dfd
 def make_footage(out: str | Path, shots: int = 24, seed: int = 0, defects: bool = True, size: int = 192, progress: bool = True) -> list[dict]:
-    """Writes films with `shots` clean shots in all, and one file of each defect, to the folder `out`; returns one record a file.
+    """Writes films with `shots` clean shots in all, and with `defects` one file of each defect and a few photographs, to the folder `out`; returns one record a file.
 
-    A record has `file`, `defect` (None for a clean film), `reason` (the word that its rows should get, None if they should be kept) and `shots`: start_s, end_s,
-    caption, short_caption and truth of each. The same list is in `out/truth.json`. H.264, `size` x `size` pixels, 24 fps. UserError where `out` holds other footage.
+    A record has `file`, `kind` (video or image), `defect` (None for a clean file), `reason` (the word that its rows should get, None if they should be kept) and
+    `shots`: start_s, end_s, caption, short_caption and truth of each; where they apply `box` (y, x, height, width inside the borders), `upright` (height, width as
+    shown) and `duplicate_of` (the file that it copies). The same list is in `out/truth.json`. H.264 and JPEG, `size` x `size` pixels, 24 fps.
+    UserError where `out` holds other footage.
     """
     out, recipe = Path(out), dict(shots=shots, seed=seed, defects=defects, size=size)
     if (out / "truth.json").exists():
         known = json.loads((out / "truth.json").read_text())
         if known["recipe"] == recipe: return known["records"]
         raise UserError(f"{out} holds other footage ({known['recipe']}): name another folder or remove it")
-    rng, records, bar = np.random.default_rng(seed), [], tqdm(total=shots + 6 * defects, desc="pocket footage", unit="shot", mininterval=1, disable=not progress)
-    while (left := shots - sum(len(r["shots"]) for r in records)) > 0:
-        frames, truths = _film(rng, [int(n) for n in rng.integers(2 * FPS, 4 * FPS, min(left, 1 + len(records) % 3), endpoint=True)], size)
-        records.append(dict(file=f"film-{len(records):03d}.mp4", defect=None, reason=None, shots=truths))
-        write_video(out / records[-1]["file"], frames); bar.update(len(truths))
-    if defects: records += _write_defects(out, np.random.default_rng((seed, 1)), size); bar.update(6)
+    rng, book, bar = np.random.default_rng(seed), _Writer(out), tqdm(total=shots + 24 * defects, desc="pocket footage", unit="shot", mininterval=1, disable=not progress)
+    while (left := shots - sum(len(r["shots"]) for r in book.records)) > 0:
+        frames, truths = _film(rng, [int(n) for n in rng.integers(2 * FPS, 4 * FPS, min(left, 1 + len(book.records) % 3), endpoint=True)], size)
+        if not book.records: first, first_truths = frames, truths
+        book.video(f"film-{len(book.records):03d}.mp4", None, frames, truths, more=dict(clean=True)); bar.update(len(truths))
+    if defects:
+        rng, small = np.random.default_rng((seed, 1)), round(size * 0.375) * 2
+        for write in (_write_file_defects, _write_mendable, _write_picture_defects, _write_photos): write(book, rng, size); bar.update(6)
+        if shots: book.video("copy.mp4", "duplicate", resize_crop(first, small), first_truths, more=dict(duplicate_of="film-000.mp4"), crf=24)
     bar.close()
-    with whole(out / "truth.json") as temporary: temporary.write_text(json.dumps(dict(recipe=recipe, records=records), indent=1))
-    return records
+    with whole(out / "truth.json") as temporary: temporary.write_text(json.dumps(dict(recipe=recipe, records=book.records), indent=1))
+    return book.records
 
 # %% ../../nbs/data/12_footage.ipynb #ddbadf68
 def caption_from_truth(manifest: pl.DataFrame, footage: str | Path, short: bool = False) -> pl.DataFrame:
-    "The manifest with `text` filled for clips that lie inside one known shot of `make_footage`'s folder; other texts stay. short: the short caption."
+    "The manifest with `text` filled for clips inside one known shot, and for images, of `make_footage`'s folder; other texts stay. short: the short caption."
     known = json.loads(existing(Path(footage) / "truth.json", "truth of pocket footage", "make it with make_footage").read_text())["records"]
-    shots = {r["file"]: r["shots"] for r in known}
+    shots, stills = ({r["file"]: r["shots"] for r in known if r.get("kind", "video") == kind} for kind in ("video", "image"))
     def text(row: dict) -> str | None:
+        for s in stills.get(row["source"], ()): return s["short_caption" if short else "caption"]
         for s in shots.get(row["source"], ()) if row["start_s"] is not None else ():
             if s["start_s"] - 0.1 < row["start_s"] and row["end_s"] < s["end_s"] + 0.1: return s["short_caption" if short else "caption"]
         return row["text"]
