@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MotionMeter', 'frame_motion', 'motion_score', 'file_motion', 'sharpness', 'blur_effect', 'BlurConfig', 'blurred',
-           'majority', 'ContentMeter', 'ShiftMeter', 'shake']
+           'majority', 'ContentMeter', 'shrink', 'ShiftMeter', 'shake']
 
 # %% ../../nbs/data/05_scores.ipynb #dcda6bd4
 from dataclasses import dataclass
@@ -96,14 +96,17 @@ class ContentMeter:
         return None if before is None else cv2.norm(now, before, cv2.NORM_L1) / now.size
 
 # %% ../../nbs/data/05_scores.ipynb #13a98c01
-class ShiftMeter:
-    "Movement (down, right) of the whole picture since the frame before, thousandths of its height; None for the first. Call it with grey frames `(H, W)`, uint8."
-    def __init__(self, side: int = 160): self.side, self.before, self.window = side, None, None
+def shrink(luma: np.ndarray, side: int = 160) -> np.ndarray:
+    "A grey picture `(H, W)`, uint8, with at most `side` and at least 16 pixels a side, averaged."
+    scale = min(1.0, side / max(luma.shape))
+    return cv2.resize(luma, (max(16, round(luma.shape[1] * scale)), max(16, round(luma.shape[0] * scale))), interpolation=cv2.INTER_AREA)
 
-    def __call__(self, luma: np.ndarray) -> tuple[float, float] | None:
-        scale = min(1.0, self.side / max(luma.shape))
-        size = max(16, round(luma.shape[1] * scale)), max(16, round(luma.shape[0] * scale))
-        now, before = cv2.resize(luma, size, interpolation=cv2.INTER_AREA).astype(np.float32), self.before
+class ShiftMeter:
+    "Movement (down, right) of the whole picture since the frame before, thousandths of its height; None for the first. Call it with grey pictures from `shrink`."
+    def __init__(self): self.before, self.window = None, None
+
+    def __call__(self, small: np.ndarray) -> tuple[float, float] | None:
+        now, before, size = small.astype(np.float32), self.before, small.shape[::-1]
         self.before = now
         if before is None: self.window = cv2.createHanningWindow(size, cv2.CV_32F); return None
         (right, down), _ = cv2.phaseCorrelate(before, now, self.window)
