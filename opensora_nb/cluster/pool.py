@@ -39,8 +39,10 @@ class _Job:
     function: bytes             # pickled, that is: its name; unpickling imports it
     one_thread: bool            # numerical libraries shall use one thread
     memory_limit: int | None    # bytes of address space on top of what is mapped after the imports
+    path: tuple[str, ...]       # where the caller finds modules
 
     def load(self) -> Callable[[Any], Any]:
+        sys.path += [p for p in self.path if p not in sys.path]
         if self.one_thread:
             for name in ("OMP_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"): os.environ.setdefault(name, "1")    # what the user set stays
         function = pickle.loads(self.function)
@@ -103,104 +105,167 @@ def _without_main() -> Iterator[None]:
 
 # %% ../../nbs/cluster/03_pool.ipynb #7bc23615
 class _Process:
-    "A worker in a process of this machine. `item` and `started` belong to the loop that drives it."
+    "A worker in a process of this machine; `item` belongs to the loop that drives it."
     def __init__(self, job: _Job):
-        self.item, self.ready, self.started = None, False, None
+        self.job, self.process = job, None
+        self.renew()
+
+    def renew(self) -> None:
+        "A new process, which says when it is ready."
+        if self.process is not None: self.stop([self])
+        self.item, self.ready, self.limit, self.deadline = _NOTHING, False, None, None
         spawn = multiprocessing.get_context("spawn")
         self.pipe, theirs = spawn.Pipe()
-        with _without_main():
-            self.process = spawn.Process(target=_serve, args=(theirs, job, os.getpid()), daemon=True)
-            self.process.start()
+        self.process = spawn.Process(target=_serve, args=(theirs, self.job, os.getpid()), daemon=True)
+        with _without_main(): self.process.start()
         theirs.close()                                          # else the pipe stays open when the worker dies
 
-    def send(self, blob: bytes) -> None:
+    def alive(self) -> bool: return self.process.is_alive()
+
+    def give(self, blob: bytes, limit: float | None) -> None:
+        self.limit, self.deadline = limit, None if limit is None else time.monotonic() + limit
         try: self.pipe.send_bytes(blob)
-        except OSError: pass                                    # it died: `receive` will say so
+        except OSError: pass                                    # it died: `poll` will say so
 
-    def receive(self) -> tuple | None:
-        "The next answer, or None if the worker is dead."
-        try: return pickle.loads(self.pipe.recv_bytes()) if self.pipe.poll() else None
-        except (EOFError, OSError): return None
+    def poll(self) -> tuple | None:
+        "(\"ready\",), or the answer to the task (see `_run`; a dead or late worker is \"lost\"), or None: not yet."
+        try: blob = self.pipe.recv_bytes() if self.pipe.poll() else None
+        except (EOFError, OSError): return "lost", Failure("crashed", self._cause())
+        if blob is not None: self.deadline = None; return pickle.loads(blob)
+        if not self.alive(): return "lost", Failure("crashed", self._cause())
+        if self.deadline is not None and time.monotonic() >= self.deadline: return "lost", Failure("timeout", f"over {self.limit:g} s")
+        return None
 
-    def cause(self) -> str:
+    def _cause(self) -> str:
         self.process.join(1)
         code = self.process.exitcode
         if code is None: return "does not answer"
         return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -9 else "")
 
     @staticmethod
-    def wait(crew: list, timeout: float | None) -> list:
-        "The workers that have an answer or died."
-        waited = {w.pipe: w for w in crew} | {w.process.sentinel: w for w in crew}
-        return list(dict.fromkeys(waited[x] for x in connection.wait(list(waited), timeout)))
+    def wait(crew: list) -> None:
+        "Until one of them has an answer."
+        ends = [w.deadline for w in crew if w.deadline is not None]
+        connection.wait([x for w in crew for x in (w.pipe, w.process.sentinel)], max(0.0, min(ends) - time.monotonic()) if ends else None)
 
     @staticmethod
     def stop(crew: list) -> None:
         "All of them, now: asked first, so that temporary files go, then killed."
+        crew, end = [w for w in crew if w.process.pid is not None], time.monotonic() + 0.5
         for w in crew: w.process.terminate()
-        deadline = time.monotonic() + 0.5
         for w in crew:
-            w.process.join(max(0.0, deadline - time.monotonic()))
-            if w.process.is_alive(): w.process.kill(); w.process.join()
-            w.pipe.close(); w.process.close()
+            w.process.join(max(0.0, end - time.monotonic()))
+            if w.alive(): w.process.kill(); w.process.join()
+            w.pipe.close()
 
 # %% ../../nbs/cluster/03_pool.ipynb #d67f97d6
-def run_tasks(function: Callable[[Any], Any], items: Iterable[Any], *, workers: int = 1, engine: str = "processes",
-              time_limit: float | Callable[[Any], float] | None = None, memory_limit: int | None = None) -> Iterator[tuple[Any, Any]]:
-    """Pairs (item, result), in order of completion; a lost worker gives (item, `Failure`).
-
-    function: of one item, importable by name (not from a script or a notebook cell); item and result are picklable. What it raises stops the run and is
-    raised here. items: drawn lazily, never more than `workers` ahead. engine: "processes" of this machine, or "ray": the cluster that RAY_ADDRESS
-    names, else a local one. time_limit: seconds a task, or a function item -> seconds; the worker's start is not counted. memory_limit: bytes that a worker may
-    map on top of what its imports take (Linux; elsewhere not enforced). With several workers each uses one thread unless OMP_NUM_THREADS says otherwise.
-    """
-    if workers < 1: raise ValueError(f"workers must be 1 or more, not {workers}")
-    if engine not in _ENGINES: raise ValueError(f"engine must be one of {', '.join(_ENGINES)}, not {engine!r}")
-    if getattr(function, "__module__", None) == "__main__": raise ValueError(f"{function!r} lives in the script or notebook that calls: move it into a module, workers import it by name")
-    job = _Job(pickle.dumps(function), workers > 1, memory_limit)
-    limit = time_limit if callable(time_limit) else lambda item: time_limit
-    return _drive(_ENGINES[engine](workers), job, iter(items), workers, limit)
-
-def _processes(workers: int) -> type: return _Process
-
-_ENGINES = {"processes": _processes}
-
-# %% ../../nbs/cluster/03_pool.ipynb #2e1d89c0
 _NOTHING = object()                                             # None is an item like any other
 
 def _drive(kind: type, job: _Job, source: Iterator[Any], workers: int, limit: Callable[[Any], float | None]) -> Iterator[tuple[Any, Any]]:
-    crew, idle, again, done, early = [], [], deque(), [], 0      # early: workers in a row that died before they were ready
+    crew, queue, done, stillborn = [], deque(), [], 0
     try:
         while True:
-            while idle or len(crew) < workers:                  # hand out
-                item = again.popleft() if again else next(source, _NOTHING)
-                if item is _NOTHING: break
-                if not idle: crew.append(worker := kind(job))
-                else: worker = idle.pop()
-                worker.item, worker.started = item, time.monotonic() if worker.ready else None
-                worker.send(pickle.dumps(item, pickle.HIGHEST_PROTOCOL))
+            for worker in crew:
+                if worker.ready and worker.item is _NOTHING and not worker.alive(): worker.renew()
+            idle = [w for w in crew if w.ready and w.item is _NOTHING]
+            while len(queue) < workers - sum(w.item is not _NOTHING for w in crew) and (item := next(source, _NOTHING)) is not _NOTHING: queue.append(item)
+            while queue and idle:
+                worker = idle.pop()
+                worker.item = queue.popleft()
+                worker.give(pickle.dumps(worker.item, pickle.HIGHEST_PROTOCOL), limit(worker.item))
+            while len(crew) < workers and sum(not w.ready for w in crew) < len(queue): crew.append(kind(job))
             yield from done
-            if not (busy := [w for w in crew if w not in idle]): return
-            done, now = [], time.monotonic()
-            clocks = {w: w.started + s for w in busy if w.started is not None and (s := limit(w.item)) is not None}
-            for worker in kind.wait(crew, max(0.0, min(clocks.values()) - now) if clocks else None):
-                answer = worker.receive()
-                clocks.pop(worker, None)
-                if answer == ("ready",): worker.ready, worker.started, early = True, time.monotonic(), 0
-                elif answer is None:                            # it died: of its task, at its start, or while it was idle
-                    cause = worker.cause()
-                    crew.remove(worker); kind.stop([worker])
-                    if worker in idle: idle.remove(worker)
-                    elif worker.ready: done.append((worker.item, Failure("crashed", cause)))
-                    else:
-                        again.append(worker.item); early += 1
-                        if early == 3: raise RuntimeError(f"workers die before their first task ({cause}), while they import the function")
-                elif answer[0] == "raised": raise answer[1] from WorkerTraceback(answer[2])
-                else:
-                    done.append((worker.item, answer[1]))
-                    if answer[0] == "done": idle.append(worker)
-                    else: crew.remove(worker); kind.stop([worker])       # out of memory: what is left of it is not to be trusted
-            for worker in [w for w, end in clocks.items() if time.monotonic() >= end]:
-                crew.remove(worker); kind.stop([worker])
-                done.append((worker.item, Failure("timeout", f"over {limit(worker.item):g} s")))
+            done, busy = [], [w for w in crew if not w.ready or w.item is not _NOTHING]
+            if not queue and all(w.item is _NOTHING for w in busy): return       # those that still start up are not needed
+            kind.wait(busy)
+            for worker in busy:
+                if (answer := worker.poll()) is None: continue
+                if answer[0] == "raised": raise answer[1] from WorkerTraceback(answer[2])
+                if worker.ready: done.append((worker.item, answer[1])); worker.item = _NOTHING
+                elif answer[0] == "ready": worker.ready, stillborn = True, 0
+                elif (stillborn := stillborn + 1) == 3: raise RuntimeError(f"workers die while they import the function: {answer[1].detail}")
+                if answer[0] == "lost": worker.renew()
     finally: kind.stop(crew)
+
+# %% ../../nbs/cluster/03_pool.ipynb #2e1d89c0
+def run_tasks(function: Callable[[Any], Any], items: Iterable[Any], *, workers: int = 1, engine: str = "processes",
+              time_limit: float | Callable[[Any], float | None] | None = None, memory_limit: int | None = None) -> Iterator[tuple[Any, Any]]:
+    """Pairs (item, result) in order of completion; a lost worker gives (item, `Failure`).
+
+    function: of one item, importable by name (not from a script or a notebook cell); item and result can be pickled. What it raises stops the run and is
+    raised here. items: drawn lazily, at most 2 x workers ahead. engine: "processes" of this machine, or "ray": the cluster that RAY_ADDRESS names, else
+    a local one, which stays for the next call. time_limit: seconds a task, or a function item -> seconds; start-up is not counted. memory_limit: bytes a worker
+    may map on top of what its imports take (Linux only). With several workers each uses one thread, unless OMP_NUM_THREADS says otherwise.
+    """
+    if workers < 1: raise ValueError(f"workers must be 1 or more, not {workers}")
+    if engine not in _ENGINES: raise ValueError(f"engine must be one of {', '.join(_ENGINES)}, not {engine!r}")
+    if getattr(function, "__module__", None) == "__main__": raise ValueError(f"{function!r} lives in the calling script or notebook: move it into a module, workers import it by name")
+    job = _Job(pickle.dumps(function), workers > 1, memory_limit, tuple(os.path.abspath(p) for p in sys.path))
+    limit = time_limit if callable(time_limit) else lambda item: time_limit
+    return _drive(_ENGINES[engine](workers), job, iter(items), workers, limit)
+
+# %% ../../nbs/cluster/03_pool.ipynb #6a951ca1
+class _Supervisor:
+    "Lives in an actor of Ray and answers for a process of its own."
+    def __init__(self, job: _Job): self.job, self.worker = job, None
+
+    def renew(self) -> tuple:
+        if self.worker is None: self.worker = _Process(self.job)
+        else: self.worker.renew()
+        return self._answer()
+
+    def run(self, blob: bytes, limit: float | None) -> tuple:
+        if not self.worker.alive() and (answer := self.renew()) != ("ready",): return answer      # it died after its last answer
+        self.worker.give(blob, limit)
+        return self._answer()
+
+    def _answer(self) -> tuple:
+        while (answer := self.worker.poll()) is None: _Process.wait([self.worker])
+        return answer
+
+# %% ../../nbs/cluster/03_pool.ipynb #7a01006b
+class _Actor:
+    "A supervisor somewhere in the cluster, with the verbs of `_Process`."
+    def __init__(self, job: _Job):
+        self.job, self.actor = job, None
+        self.renew()
+
+    def renew(self) -> None:
+        import ray
+        self.item, self.ready = _NOTHING, False
+        if self.actor is None: self.actor = ray.remote(_Supervisor).options(num_cpus=1, max_restarts=0, max_task_retries=0).remote(self.job)
+        self.answer = self.actor.renew.remote()
+
+    def alive(self) -> bool: return True                        # its supervisor looks
+    def give(self, blob: bytes, limit: float | None) -> None: self.answer = self.actor.run.remote(blob, limit)
+
+    def poll(self) -> tuple | None:
+        import ray
+        if not ray.wait([self.answer], timeout=0)[0]: return None
+        try: return ray.get(self.answer)
+        except ray.exceptions.RayActorError: self.actor = None; return "lost", Failure("crashed", "Ray lost the actor or its machine")
+
+    @staticmethod
+    def wait(crew: list) -> None:
+        import ray
+        ray.wait([w.answer for w in crew])
+
+    @staticmethod
+    def stop(crew: list) -> None:
+        import ray
+        for w in crew:
+            if w.actor is not None: ray.kill(w.actor)
+
+# %% ../../nbs/cluster/03_pool.ipynb #eb627c6a
+def _processes(workers: int) -> type: return _Process
+
+def _ray(workers: int) -> type:
+    try: import ray
+    except ImportError: raise UserError("engine ray needs Ray: pip install 'opensora_nb[ray]'") from None
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")       # else a warning about the next release
+        where = {} if os.environ.get("RAY_ADDRESS") else dict(address="local", num_cpus=max(workers, os.cpu_count() or 1), include_dashboard=False)
+        ray.init(**where, logging_level="ERROR", log_to_driver=False)
+    return _Actor
+
+_ENGINES = {"processes": _processes, "ray": _ray}
