@@ -6,7 +6,8 @@ import av, numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from opensora_nb.cluster.files import UserError
 from opensora_nb.data.manifest import REASONS
-from opensora_nb.data.shots import ShotConfig, cut_clip, find_cuts, output_fps, output_size, split_shots, survey
+from opensora_nb.data.shots import ShotConfig, cut_clip, output_fps, output_size, split_shots
+from opensora_nb.data.survey import survey
 from opensora_nb.data.video import VideoError, decode, probe, read_luma, resize_crop, write_video
 
 def moving(frames=48, height=64, width=96, seed=0):
@@ -161,8 +162,8 @@ def test_cuts_are_found_to_the_frame_and_a_pan_is_none(tmp_path):
     rng = np.random.default_rng(2)
     wide = rng.integers(0, 255, (16, 200, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
     pan = np.stack([wide[:, k : k + 96] for k in range(60)])
-    seen = survey(write_video(tmp_path / "film.mp4", np.concatenate([moving(30), pan, moving(30)]), crf=10))
-    assert find_cuts(seen.scores) == [30, 90]
+    info = probe(write_video(tmp_path / "film.mp4", np.concatenate([moving(30), pan, moving(30)]), crf=10))
+    assert [take.span.first for take in survey(info)] == [0, 30, 90]
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=6), st.sampled_from([16.0, 24000 / 1001, 25.0, 30.0, 60.0]))
