@@ -15,7 +15,7 @@ from .files import UserError
 
 # %% ../../nbs/cluster/04_journal.ipynb #33ab8197
 _ID, _VERSION = 0x6F736E62, 1          # "osnb"
-_TABLE = "CREATE TABLE records (stage BLOB, item BLOB, key BLOB, result TEXT, crc INTEGER, PRIMARY KEY (stage, item)) WITHOUT ROWID"
+_TABLE = "CREATE TABLE records (stage BLOB, item BLOB, key BLOB, result BLOB, crc INTEGER, PRIMARY KEY (stage, item))"
 
 def _open(path: Path) -> sqlite3.Connection:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,8 +74,8 @@ class Journal:
     def put(self, stage: str, item: str, key: str, result: Any) -> None:
         "Records a result; an older one of this stage and item is replaced, whatever its key was."
         if result is None: raise ValueError("a result must not be None: `get` says None where there is nothing")
-        row = _bytes(stage), _bytes(item), _bytes(key), json.dumps(result, separators=(",", ":"))
-        with _explained(self.path): self._db.execute("INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?, ?)", (*row, _crc(*row[:3], row[3].encode())))
+        row = _bytes(stage), _bytes(item), _bytes(key), _bytes(json.dumps(result, ensure_ascii=False, separators=(",", ":")))
+        with _explained(self.path): self._db.execute("INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?, ?)", (*row, _crc(*row)))
 
     def get(self, stage: str, item: str, key: str) -> Any | None:
         "The result recorded under this very key, or None."
@@ -102,6 +102,6 @@ class Journal:
         with _explained(self.path):
             try:
                 item, key, result, crc = row
-                if crc != _crc(_bytes(stage), item, key, result.encode()): raise ValueError
-                return _name(item), _name(key), json.loads(result)
+                if crc != _crc(_bytes(stage), item, key, result): raise ValueError
+                return _name(item), _name(key), json.loads(_name(result))
             except (ValueError, TypeError, AttributeError): raise sqlite3.DatabaseError("a record does not match its checksum") from None
