@@ -6,7 +6,7 @@ from pathlib import Path
 import av, numpy as np, pytest
 from opensora_nb.cluster.pool import Failure, run_tasks
 from opensora_nb.data.manifest import REASONS
-from opensora_nb.data.video import MAX_PIXELS, VideoError, decode, iter_frames, luma_plane, open_video, printable, probe, read_luma, write_video
+from opensora_nb.data.video import MAX_PIXELS, VideoError, decode, iter_frames, luma_plane, one_line, open_video, probe, read_luma, write_video
 
 def moving(frames=12, height=48, width=64, seed=0):
     ground = np.random.default_rng(seed).integers(60, 160, (-(-height // 4), -(-width // 4), 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)[:height, :width]
