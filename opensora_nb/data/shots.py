@@ -21,10 +21,9 @@ from .video import VideoError, VideoInfo, h264_stream, iter_frames
 @dataclass(frozen=True)
 class ShotConfig:
     "How films become clips. Lengths, rates and sizes are the report's; it does not give its thresholds."
-    cut_threshold: float = 5.0     # scene score, 0 to 100, from which on a frame is a candidate for a cut in any film; FFmpeg suggests 8 to 14
-    weak_threshold: float = 0.8    # scene score from which on it is one where it stands out `isolation` times: dark films have faint cuts
-    isolation: float = 1.5         # how many times the change at a faint cut exceeds the change at any of its neighbours
-    max_likeness: float = 0.6      # correlation of the pictures on both sides, best over shifts, above which there is no cut
+    cut_threshold: float = 0.8     # scene score, 0 to 100, from which on a frame is a candidate for a cut; dark films have faint ones
+    isolation: float = 1.25        # how many times the change at a cut exceeds the change at any of its neighbours
+    max_likeness: float = 0.82     # correlation of the pictures on both sides, best over small shifts, above which there is no cut
     max_clip_s: float = 8.0        # seconds; longer shots are divided
     min_clip_s: float = 2.0        # seconds; shorter shots and remainders are dropped
     max_fps: float = 30.0          # frames per second of the clips
@@ -35,7 +34,7 @@ class ShotConfig:
     def __post_init__(self):
         if not 0 < self.min_clip_s <= self.max_clip_s: raise ValueError(f"clips of {self.min_clip_s} to {self.max_clip_s} s are impossible")
         if self.max_side < 16 or self.max_fps <= 0: raise ValueError("max_side must be at least 16 pixels and max_fps positive")
-        if not 0 < self.weak_threshold <= self.cut_threshold: raise ValueError(f"weak_threshold {self.weak_threshold} must be positive and at most cut_threshold {self.cut_threshold}")
+        if self.cut_threshold <= 0 or self.isolation < 1 or not -1 <= self.max_likeness <= 1: raise ValueError("cut_threshold must be positive, isolation at least 1, max_likeness a correlation")
 
 # %% ../../nbs/data/04_shots.ipynb #15ae6900
 class SceneMeter:
@@ -60,10 +59,10 @@ def _graph(frame: av.VideoFrame, steps: str) -> av.filter.Graph:
     return graph
 
 # %% ../../nbs/data/04_shots.ipynb #2a5dd617
-def likeness(a: np.ndarray, b: np.ndarray) -> float:
-    "Best correlation, -1 to 1, of the middle of grey picture b `(H, W)`, uint8, with a picture a of the same size, over shifts of up to a fifth of it."
+def likeness(a: np.ndarray, b: np.ndarray, reach: float = 0.05) -> float:
+    "Best correlation, -1 to 1, of the middle of grey picture b `(H, W)`, uint8, with a picture a of the same size, over shifts of up to `reach` of its sides."
     H, W = a.shape
-    y, x = max(1, H // 5), max(1, W // 5)
+    y, x = max(1, round(H * reach)), max(1, round(W * reach))
     inner = b[y : H - y, x : W - x]
     if inner.std() < 1 or a.std() < 1: return float(abs(float(a.mean()) - float(b.mean())) < 4 and a.std() < 2 and b.std() < 2)   # flat pictures: alike if equally bright
     return float(cv2.matchTemplate(a, inner, cv2.TM_CCOEFF_NORMED).max())
@@ -87,9 +86,9 @@ class CutFinder:
     def _decide(self, k: int) -> bool:
         changes, scores, pictures = zip(*self.seen)
         here = scores[k]
-        if k == 0 or here < self.cfg.weak_threshold or here <= scores[k - 1] * (k > 1) or (k + 1 < len(scores) and here < scores[k + 1]): return False
+        if k == 0 or here < self.cfg.cut_threshold or here <= scores[k - 1] * (k > 1) or (k + 1 < len(scores) and here < scores[k + 1]): return False
         around = changes[max(1, k - 3) : k] + changes[k + 1 : k + 4]
-        if here < self.cfg.cut_threshold and changes[k] < self.cfg.isolation * max(around, default=0): return False
+        if changes[k] < self.cfg.isolation * max(around, default=0): return False
         pairs = [(k - 1, k), (k - 1, k + 1), (k - 2, k), (k - 1, k + 3), (k - 4, k), (k - 2, k + 2)]
         return all(likeness(pictures[i], pictures[j]) <= self.cfg.max_likeness for i, j in pairs if i >= 0 and j < len(pictures))
 
