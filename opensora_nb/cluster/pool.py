@@ -165,10 +165,10 @@ def _drive(kind: type, job: _Job, source: Iterator[Any], workers: int, limit: Ca
     crew, queue, done, stillborn = [], deque(), [], 0
     try:
         while True:
-            for worker in crew:
+            while len(queue) < workers - sum(w.item is not _NOTHING for w in crew) and (item := next(source, _NOTHING)) is not _NOTHING: queue.append(item)
+            for worker in crew:                                 # one may have died of its last task, later
                 if worker.ready and worker.item is _NOTHING and not worker.alive(): worker.renew()
             idle = [w for w in crew if w.ready and w.item is _NOTHING]
-            while len(queue) < workers - sum(w.item is not _NOTHING for w in crew) and (item := next(source, _NOTHING)) is not _NOTHING: queue.append(item)
             while queue and idle:
                 worker = idle.pop()
                 worker.item = queue.popleft()
