@@ -25,10 +25,12 @@ def one_line(name: str | Path) -> str:
 
 class VideoError(UserError):
     "A file that cannot be read as video; `reason` is a word of the manifest's REASONS and `status` its column: rejected for a size nobody wants, else failed."
+    words = REASONS
+
     def __init__(self, path: str | Path, reason: str, detail: str = ""):
         self.path, self.reason, self.detail = Path(path), reason, detail
         self.status = "rejected" if reason == "size" else "failed"
-        super().__init__(f"{one_line(path)}: {REASONS[reason]}" + (f" ({detail})" if detail else ""))
+        super().__init__(f"{one_line(path)}: {self.words[reason]}" + (f" ({detail})" if detail else ""))
 
     def __reduce__(self): return type(self), (self.path, self.reason, self.detail)     # worker processes send it home
 
