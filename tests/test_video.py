@@ -1,14 +1,14 @@
 "Video files as they are found: read right, or refused with the right word."
-import threading
+import gc, tempfile, tracemalloc
 from fractions import Fraction
-from http.server import BaseHTTPRequestHandler, HTTPServer
 import av, numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from opensora_nb.cluster.files import UserError
 from opensora_nb.data.manifest import REASONS
 from opensora_nb.data.shots import ShotConfig, cut_clip, output_fps, output_size, split_shots
+from opensora_nb.data.scores import MotionMeter
 from opensora_nb.data.survey import survey
-from opensora_nb.data.video import VideoError, decode, probe, read_luma, resize_crop, write_video
+from opensora_nb.data.video import VideoError, decode, iter_frames, luma_exact, luma_plane, probe, read_luma, resize_crop, to_rgb, write_video
 
 def moving(frames=48, height=64, width=96, seed=0):
     "A bright square that crosses a textured ground, one pixel a frame."
@@ -80,21 +80,6 @@ def test_damage_in_the_middle_is_an_error_or_a_picture_but_never_a_hang(film, tm
         except VideoError as error: assert error.reason in REASONS
         else: assert frames.shape[1:] == (64, 96, 3)
 
-def test_no_file_makes_us_fetch_an_address(tmp_path):
-    asked = []
-    class Server(BaseHTTPRequestHandler):
-        def do_GET(self): asked.append(self.path); self.send_response(404); self.end_headers()
-        def log_message(self, *_): pass
-    server = HTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}/x.ts"
-    for name, text in (("list.mp4", f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{address}\n"), ("list.m3u8", f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{address}\n#EXT-X-ENDLIST\n"),
-                       ("parts.mp4", f"ffconcat version 1.0\nfile {address}\n")):
-        (tmp_path / name).write_text(text)
-        reason(tmp_path / name)
-    server.shutdown(); server.server_close()
-    assert asked == []
-
 def test_a_long_film_costs_the_memory_of_small_frames(film):
     assert decode(film, size=16).shape == (48, 16, 16, 3)
 
@@ -127,6 +112,66 @@ def test_luma_is_the_stored_plane_and_ten_bits_become_eight(tmp_path):
         container.mux(stream.encode(None))
     ten = read_luma(tmp_path / "ten.mkv")
     assert ten.dtype == np.uint8 and abs(int(eight.mean()) - 126) <= 1 and abs(float(ten.mean()) - float(eight.mean())) <= 1    # 16 + 128 * 219 / 255
+
+def store(path, codec, pixels, frames=None, options={}):
+    "A file in a codec and pixel format of choice, of noisy moving frames of odd size unless given."
+    frames = moving(8, 48, 64) + np.random.default_rng(0).integers(-20, 6, (8, 1, 64, 1)).astype(np.uint8) if frames is None else frames
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=24); (stream.height, stream.width), stream.pix_fmt, stream.options = frames.shape[1:3], pixels, options
+        for f in frames: container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(f), format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+def ffmpeg_motion(path):
+    "The vmafmotion filter's value of each frame."
+    with av.open(str(path)) as container, tempfile.NamedTemporaryFile() as stats:
+        graph = av.filter.Graph(); source = graph.add_buffer(template=container.streams.video[0])
+        node = graph.add("vmafmotion", f"stats_file={stats.name}"); sink = graph.add("buffersink")
+        source.link_to(node); node.link_to(sink); graph.configure()
+        for frame in container.decode(video=0): graph.push(frame); graph.pull()
+        graph.push(None)
+        del graph, source, node, sink; gc.collect()                                          # closes the file of numbers
+        return [float(line.split("motion:")[1]) for line in open(stats.name)]
+
+@pytest.mark.parametrize("codec, pixels", [("libx264", "yuv420p"), ("libx264", "yuv420p10le"), ("libx264", "yuv444p10le"), ("prores_ks", "yuv422p10le"), ("libx264", "yuv422p"), ("png", "rgba"), ("qtrle", "argb"), ("mjpeg", "yuvj420p")])
+def test_motion_of_the_exact_luma_is_ffmpegs(tmp_path, codec, pixels):
+    path, meter = store(tmp_path / "x.mov", codec, pixels), MotionMeter()
+    ours = [meter(*luma_exact(frame)) for _, frame in iter_frames(path)]
+    assert len(ours) == 8 and max(ours) > 1 and np.abs(np.array(ours) - ffmpeg_motion(path)).max() < 0.03 and abs(np.mean(ours) - np.mean(ffmpeg_motion(path))) < 0.01      # it prints two decimals
+
+@pytest.mark.parametrize("pixels", ["yuv420p", "yuvj444p", "nv12", "nv21", "nv24", "gray", "ya8", "yuva420p", "yuyv422", "uyvy422", "pal8", "rgb24", "bgra", "gbrp", "rgb565le", "yuv420p10le", "yuv420p10be", "yuv422p12le", "yuv444p16le",
+                                    "yuva444p10le", "p010le", "p010be", "p016le", "p210le", "p412le", "nv20le", "y210le", "xv30le", "x2rgb10le", "gbrp10le", "gbrap12le", "rgb48le", "rgba64be", "gray9le", "gray10le", "gray16be", "ya16le", "grayf32le"])
+def test_any_pixel_format_has_a_luma(pixels):
+    smooth = np.asarray(resize_crop(np.random.default_rng(3).integers(40, 220, (1, 6, 8, 1), dtype=np.uint8).repeat(3, 3), (46, 66))[0])      # grey, so that no chroma matters
+    frame = av.VideoFrame.from_ndarray(smooth, format="rgb24")
+    try: frame = frame.reformat(format=pixels)
+    except (ValueError, av.error.FFmpegError): pytest.skip("FFmpeg cannot write this format")
+    exact, bits = luma_exact(frame); plane = luma_plane(frame)
+    full = smooth[..., 0].astype(float); limited = 16 + full * 219 / 255
+    assert exact.shape == plane.shape == (46, 66) and plane.dtype == np.uint8 and exact.dtype == (np.uint8 if bits == 8 else np.uint16) and exact.max() < 2**bits
+    for seen in (exact / 2 ** (bits - 8), plane): assert min(np.abs(seen - limited).mean(), np.abs(seen - full).mean()) < (3 if pixels == "rgb565le" else 1.2)
+    assert to_rgb(frame).shape == (46, 66, 3) and np.abs(to_rgb(frame).astype(int) - smooth).mean() < 6
+
+def test_colours_that_make_no_sense_cost_a_tint_and_no_picture(film):
+    _, frame = next(iter_frames(film))
+    frame.colorspace = 12
+    assert np.abs(to_rgb(frame).astype(int) - decode(film)[0]).mean() < 5
+
+def test_probing_needs_the_memory_of_a_few_frames_however_long_the_film(tmp_path):
+    "A film of twenty minutes, 28 800 frames, in a container without a list of frames: two pictures and then the second again and again."
+    short = store(tmp_path / "short.mp4", "libx264", "yuv420p", np.full((2, 32, 32, 3), 90, np.uint8), {"g": "1", "bf": "0"})
+    with av.open(str(short)) as source, av.open(str(tmp_path / "long.mkv"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        first, second = [bytes(p) for p in source.demux(video=0) if p.size]
+        for k in range(28_800):
+            packet = av.Packet(second if k else first)
+            packet.stream, packet.pts, packet.dts, packet.time_base, packet.duration, packet.is_keyframe = stream, k, k, Fraction(1, 24), 1, True
+            target.mux(packet)
+    tracemalloc.start()
+    info = probe(tmp_path / "long.mkv")
+    peak = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
+    assert info.num_frames == 28_800 and info.duration_s == pytest.approx(1200) and info.fps == 24
+    assert peak < 1e6                                                                          # bytes; a list of all packets would be some millions
 
 def test_pixels_that_are_not_square_become_square(tmp_path):
     with av.open(str(tmp_path / "tv.mp4"), "w") as container:

@@ -169,7 +169,7 @@ def frame_rotation(frame: av.VideoFrame) -> int:
 
 def _timed_frames(path: Path, container: av.container.InputContainer, stream: av.VideoStream, sought: bool = False) -> Iterator[tuple[float, av.VideoFrame]]:
     "Decoded frames from here on with times in seconds that always grow; all of one size and format."
-    last, look, period, origin = None, None, 1 / _rate(stream), stream.start_time or 0
+    last, look, period, origin, tick = None, None, 1 / _rate(stream), stream.start_time or 0, stream.time_base
     for packet in container.demux(stream):
         try: frames = packet.decode()
         except av.error.InvalidDataError:
@@ -180,10 +180,10 @@ def _timed_frames(path: Path, container: av.container.InputContainer, stream: av
             if look not in (None, now): raise VideoError(path, "broken", f"the picture changes from {look[0]} x {look[1]} {look[2]} to {now[0]} x {now[1]} {now[2]}")
             stamp, look = frame.pts if frame.pts is not None else frame.dts, now
             if stamp is None and last is None and sought: continue                        # nobody knows where we are
-            t = float((stamp - origin) * stream.time_base) if stamp is not None else 0.0 if last is None else last + period
+            t = (stamp - origin) * tick.numerator / tick.denominator if stamp is not None else 0.0 if last is None else last + period
             if last is not None and t < last - 1: raise VideoError(path, "broken", f"time goes back from {last:.2f} s to {t:.2f} s")
             if (forward := max(t, 0.0 if last is None else last + period / 8)) != t or frame.pts is None:
-                t, frame.pts = forward, origin + round(forward / stream.time_base)
+                t, frame.pts = forward, origin + round(forward / tick)
             last = t
             yield t, frame
 
@@ -248,12 +248,15 @@ def _measured(path: Path) -> tuple[int, int, float | None]:
     "The same by reading all packets; no end where they have no times. Raises VideoError where the header promises more seconds than there are."
     count, size, first, last, file_end = 0, 0, math.inf, -math.inf, -math.inf
     with open_video(path) as (container, stream):
+        ticks, video = {s.index: float(s.time_base or 0) for s in container.streams}, stream.index
         for packet in container.demux():
-            if not packet.size or (stamp := packet.pts if packet.pts is not None else packet.dts) is None and packet.stream is not stream: continue
-            start = float(stamp * packet.time_base) if stamp is not None else -math.inf
-            end = start + float((packet.duration or 0) * packet.time_base)
-            file_end = max(file_end, end)
-            if packet.stream is stream: count, size, first, last = count + 1, size + packet.size, min(first, start) if stamp is not None else first, max(last, end)
+            if not packet.size: continue
+            tick, stamp, index = ticks.get(packet.stream_index, 0.0), packet.pts if packet.pts is not None else packet.dts, packet.stream_index
+            if index == video: count, size = count + 1, size + packet.size
+            if stamp is None: continue
+            end = (stamp + (packet.duration or 0)) * tick
+            if end > file_end: file_end = end
+            if index == video: first, last = min(first, stamp * tick), max(last, end)
         if not count: raise VideoError(path, "broken", "no data")
         promised = (container.duration or 0) / av.time_base
         if 0 < file_end < 0.9 * promised and promised < _LONGEST_S: raise VideoError(path, "truncated", f"the header says {promised:.1f} s, the data end at {file_end:.1f} s")
@@ -279,12 +282,12 @@ def _frames_before(path: Path, container: av.container.InputContainer, stream: a
     with open_video(path) as (container, stream): yield from _timed_frames(path, container, stream)
 
 # %% ../../nbs/data/02_video.ipynb #8c064219
-def _convert(frame: av.VideoFrame, format: str) -> av.VideoFrame:
+def _convert(frame: av.VideoFrame, format: str, **options) -> av.VideoFrame:
     "The frame in another pixel format. Raises FFmpegError for a format that cannot be converted."
-    try: return frame.reformat(format=format)
+    try: return frame.reformat(format=format, **options)
     except av.error.FFmpegError:
         frame.colorspace = frame.color_primaries = frame.color_trc = 2                    # 2: unspecified
-        return frame.reformat(format=format)
+        return frame.reformat(format=format, **options)
 
 def to_rgb(frame: av.VideoFrame, upright: bool = True) -> np.ndarray:
     "A decoded frame as uint8 RGB `(H, W, 3)`, turned upright or as stored. Raises FFmpegError for a pixel format that cannot be converted."
@@ -340,8 +343,8 @@ def luma_exact(frame: av.VideoFrame) -> tuple[np.ndarray, int]:
     A view of FFmpeg's memory where possible: copy it to keep it. RGB, packed and palette formats have no such plane and are converted, bits kept.
     """
     if not _LUMA_FIRST.match(frame.format.name) or frame.format.name == "nv20be" or frame.planes[0].line_size <= 0:
-        bits = frame.format.components[0].bits
-        frame = _convert(frame, f"yuv444p{bits}le" if bits in (9, 10, 12, 14, 16) else "yuv444p")
+        bits, limited = frame.format.components[0].bits, dict(dst_color_range="MPEG") if frame.format.is_rgb or frame.format.name == "pal8" else {}
+        frame = _convert(frame, f"yuv444p{bits}le" if bits in (9, 10, 12, 14, 16) else "yuv444p", **limited)      # 16 to 235, as the motion filter has it
     name, bits, plane = frame.format.name, frame.format.components[0].bits, frame.planes[0]
     if bits <= 8: return np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: frame.height, : frame.width], bits
     luma = np.frombuffer(plane, ">u2" if name.endswith("be") else "<u2").reshape(-1, plane.line_size // 2)[: frame.height, : frame.width]
