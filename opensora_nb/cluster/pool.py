@@ -187,23 +187,6 @@ def _drive(kind: type, job: _Job, source: Iterator[Any], workers: int, limit: Ca
                 if answer[0] == "lost": worker.renew()
     finally: kind.stop(crew)
 
-# %% ../../nbs/cluster/03_pool.ipynb #2e1d89c0
-def run_tasks(function: Callable[[Any], Any], items: Iterable[Any], *, workers: int = 1, engine: str = "processes",
-              time_limit: float | Callable[[Any], float | None] | None = None, memory_limit: int | None = None) -> Iterator[tuple[Any, Any]]:
-    """Pairs (item, result) in order of completion; a lost worker gives (item, `Failure`).
-
-    function: of one item, importable by name (not from a script or a notebook cell); item and result can be pickled. What it raises stops the run and is
-    raised here. items: drawn lazily, at most 2 x workers ahead. engine: "processes" of this machine, or "ray": the cluster that RAY_ADDRESS names, else
-    a local one, which stays for the next call. time_limit: seconds a task, or a function item -> seconds; start-up is not counted. memory_limit: bytes a worker
-    may map on top of what its imports take (Linux only). With several workers each uses one thread, unless OMP_NUM_THREADS says otherwise.
-    """
-    if workers < 1: raise ValueError(f"workers must be 1 or more, not {workers}")
-    if engine not in _ENGINES: raise ValueError(f"engine must be one of {', '.join(_ENGINES)}, not {engine!r}")
-    if getattr(function, "__module__", None) == "__main__": raise ValueError(f"{function!r} lives in the calling script or notebook: move it into a module, workers import it by name")
-    job = _Job(pickle.dumps(function), workers > 1, memory_limit, tuple(os.path.abspath(p) for p in sys.path))
-    limit = time_limit if callable(time_limit) else lambda item: time_limit
-    return _drive(_ENGINES[engine](workers), job, iter(items), workers, limit)
-
 # %% ../../nbs/cluster/03_pool.ipynb #6a951ca1
 class _Supervisor:
     "Lives in an actor of Ray and answers for a process of its own."
@@ -262,10 +245,33 @@ def _processes(workers: int) -> type: return _Process
 def _ray(workers: int) -> type:
     try: import ray
     except ImportError: raise UserError("engine ray needs Ray: pip install 'opensora_nb[ray]'") from None
-    if not ray.is_initialized():
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")       # else a warning about the next release
-        where = {} if os.environ.get("RAY_ADDRESS") else dict(address="local", num_cpus=max(workers, os.cpu_count() or 1), include_dashboard=False)
-        ray.init(**where, logging_level="ERROR", log_to_driver=False)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")           # else a warning about the next release
+    address = os.environ.get("RAY_ADDRESS")
+    where = {"address": address} if address else dict(address="local", num_cpus=max(workers, os.cpu_count() or 1), include_dashboard=False)
+    for again in (True, True, False):                           # a busy machine may miss the half minute that Ray gives its own start
+        if ray.is_initialized(): break
+        try: ray.init(**where, logging_level="ERROR", log_to_driver=False)
+        except Exception as error:                              # Ray raises plain ones here
+            ray.shutdown()
+            if address or not again: raise UserError(f"Ray {f'at {address}' if address else 'on this machine'} does not answer: {' '.join(str(error).split())[:200]}") from None
     return _Actor
 
 _ENGINES = {"processes": _processes, "ray": _ray}
+
+# %% ../../nbs/cluster/03_pool.ipynb #6fb2965f
+def run_tasks(function: Callable[[Any], Any], items: Iterable[Any], *, workers: int = 1, engine: str = "processes",
+              time_limit: float | Callable[[Any], float | None] | None = None, memory_limit: int | None = None) -> Iterator[tuple[Any, Any]]:
+    """Pairs (item, result) in order of completion; a lost worker gives (item, `Failure`).
+
+    function: of one item, importable by name (not from a script or a notebook cell); item and result can be pickled. What it raises stops the run and is
+    raised here. items: drawn lazily, at most 2 x workers ahead; a source that is slow with its next item holds results up. engine: "processes" of this machine, or
+    "ray": the cluster that RAY_ADDRESS names, else a local one, which stays for the next call. time_limit: seconds a task, or a function item -> seconds or None;
+    start-up is not counted. memory_limit: bytes a worker may map on top of what its imports take (Linux only). With several workers each uses one thread, unless
+    OMP_NUM_THREADS says otherwise. Ctrl-C, an error or `close()` of the iterator stops the workers at once.
+    """
+    if workers < 1: raise ValueError(f"workers must be 1 or more, not {workers}")
+    if engine not in _ENGINES: raise ValueError(f"engine must be one of {', '.join(_ENGINES)}, not {engine!r}")
+    if getattr(function, "__module__", None) == "__main__": raise ValueError(f"{function!r} lives in the calling script or notebook: move it into a module, workers import it by name")
+    job = _Job(pickle.dumps(function), workers > 1, memory_limit, tuple(os.path.abspath(p) for p in sys.path))
+    limit = time_limit if callable(time_limit) else lambda item: time_limit
+    return _drive(_ENGINES[engine](workers), job, iter(items), workers, limit)
