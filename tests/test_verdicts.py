@@ -5,6 +5,7 @@ import numpy as np, pytest
 from scipy.stats import spearmanr
 import verdict_material as material
 from opensora_nb.data.filters import technical_faults
+from opensora_nb.data.ocr import clip_text_share
 from opensora_nb.data.scores import blur_effect
 from opensora_nb.data.shots import ShotConfig
 from opensora_nb.data.survey import survey
@@ -49,6 +50,25 @@ def test_cuts_are_found_to_a_frame_and_none_is_invented(made):
 
 def test_blurred_clips_are_told_from_sharp_ones(made):
     assert judge([(item, (t := longest(item)).blurry, f"variance {t.sharpness:7.1f}") for item in made("blurs")]) >= 0.9
+
+def faults_of(item, **scores) -> list[str]:
+    "What the loosest level of the pyramid holds against a clip with these scores."
+    pyramid = pytest.importorskip("opensora_nb.data.pyramid")
+    return pyramid.faults(scores, pyramid.LEVELS[0])
+
+def test_text_overlays_are_found(made):
+    rows = []
+    for item in made("texts"):
+        share = clip_text_share(list(longest(item).frames))
+        rows.append((item, "text" in faults_of(item, score_ocr=share), f"share {share:.3f}"))
+    assert judge(rows) >= 0.9
+
+def test_trembling_cameras_are_told_from_steady_ones(made):
+    rows = []
+    for item in made("jitters"):
+        t = longest(item)
+        rows.append((item, "jitter" in faults_of(item, score_shake=t.shake, score_jitter=t.content), f"shake {t.shake:6.2f}, content {t.content:5.1f}"))
+    assert judge(rows) >= 0.9
 
 def box_error(item) -> int:
     "Largest distance in pixels of an edge of the found picture from the true one; 9999 where it was taken for black."
