@@ -28,7 +28,7 @@ class ShotConfig:
     min_clip_s: float = 2.0        # seconds; shorter shots and remainders are dropped
     max_fps: float = 30.0          # frames per second of the clips
     max_side: int = 1080           # pixels of the longer side of the clips
-    border_level: float = 24.0     # luma; rows and columns that are darker, in all frames looked at, are border
+    border_level: float = 28.0     # luma; rows and columns that are darker, in all frames looked at, are border
     crf: int = 18                  # quality of the clips, 0 (lossless) to 51
 
     def __post_init__(self):
@@ -138,7 +138,7 @@ class BorderMeter:
         light = [_light(luma, axis) for axis in (1, 0)]
         self.rows, self.columns = light if self.rows is None else (np.maximum(a, b) for a, b in zip((self.rows, self.columns), light))
 
-    def box(self, level: float = 24.0) -> Box | None:
+    def box(self, level: float = 28.0) -> Box | None:
         "The picture inside its black borders; None if all is black, or nothing was seen."
         if self.rows is None: return None
         edges = []

@@ -10,10 +10,10 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Iterator, NamedTuple
-import av, cv2, numpy as np
+import av, numpy as np
 from .scores import BlurConfig, ContentMeter, MotionMeter, ShiftMeter, blurred, majority, shake, sharpness, shrink
 from .shots import Box, BorderMeter, CutFinder, SceneMeter, ShotConfig, Span, close_span, is_full, output_fps
-from .video import VideoError, VideoInfo, luma_plane, open_video
+from .video import VideoError, VideoInfo, iter_frames, luma_plane
 
 # %% ../../nbs/data/06_survey.ipynb #f63e84b2
 class Measured(NamedTuple):
@@ -34,21 +34,21 @@ def measure(path: str | Path, step: int = 1, threads: int = 1) -> Iterator[Measu
 
     Raises VideoError where the file is broken, and where its picture changes its size.
     """
-    scene, motion, content, shift = SceneMeter(), MotionMeter(), ContentMeter(), ShiftMeter()
-    with open_video(path) as (container, stream):
-        stream.codec_context.thread_count = threads
-        rate, origin, last_s = float(stream.average_rate or 24), stream.start_time or 0, -1.0
-        for k, frame in enumerate(container.decode(stream)):
-            luma = luma_plane(frame)
-            time_s = float((frame.pts - origin) * stream.time_base) if frame.pts is not None else k / rate
-            last_s = time_s = max(time_s, last_s)                                  # broken time stamps do not run backwards
-            try: change, score = scene(frame)
-            except ValueError as error: raise VideoError(path, "broken", f"{error} in frame {k}") from None
-            seen = Measured(k, time_s, frame, change, score, shrink(luma))
-            if k % step == 0:
-                moved = motion(luma), content(frame.to_ndarray(format="bgr24")), shift(seen.small)
-                if k: seen = seen._replace(pair=k - step, motion=moved[0], content=moved[1], shift=moved[2])
-            yield seen
+    scene, motion, content, shift, colour = SceneMeter(), MotionMeter(), ContentMeter(), ShiftMeter(), av.video.reformatter.VideoReformatter()
+    for k, (time_s, frame) in enumerate(iter_frames(path)):
+        luma = luma_plane(frame)
+        try: change, score = scene(frame)
+        except ValueError as error: raise VideoError(path, "broken", f"{error} in frame {k}") from None
+        seen = Measured(k, time_s, frame, change, score, shrink(luma))
+        if k % step == 0:
+            moved = motion(luma), content(_view(colour.reformat(frame, format="bgr24", threads=1))), shift(seen.small)
+            if k: seen = seen._replace(pair=k - step, motion=moved[0], content=moved[1], shift=moved[2])
+        yield seen
+
+def _view(frame: av.VideoFrame) -> np.ndarray:
+    "Pixels of a BGR frame `(H, W, 3)` without a copy."
+    plane = frame.planes[0]
+    return np.frombuffer(plane, np.uint8).reshape(frame.height, plane.line_size)[:, : 3 * frame.width].reshape(frame.height, frame.width, 3)
 
 # %% ../../nbs/data/06_survey.ipynb #36ac7d91
 class Reservoir:
