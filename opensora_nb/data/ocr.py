@@ -86,9 +86,9 @@ def _cut(frame: np.ndarray, polygon: np.ndarray, height: int = 48) -> np.ndarray
 PLAIN_SHAPES = frozenset("口囗品吕回田日目中一二三十工0OoCcIl1")      # what is read off circles, squares and bars
 
 def is_word(text: str) -> bool:
-    "Whether a reading is more than the shapes of a texture: two different letters or digits at least, one of them no circle, square or bar."
-    signs = set(filter(str.isalnum, text))
-    return len(signs) >= 2 and not signs <= PLAIN_SHAPES
+    "Whether a reading is more than the shapes of a texture: two different letters or digits at least, and two in five no circle, square or bar."
+    signs = list(filter(str.isalnum, text))
+    return len(set(signs)) >= 2 and 5 * sum(s not in PLAIN_SHAPES for s in signs) >= 2 * len(signs)
 
 # %% ../../nbs/data/08_ocr.ipynb #234d8c29
 def find_text(frame: np.ndarray, cfg: OCRConfig = OCRConfig()) -> list[tuple[np.ndarray, float]]:
@@ -99,9 +99,13 @@ def find_text(frame: np.ndarray, cfg: OCRConfig = OCRConfig()) -> list[tuple[np.
     """
     found = []
     for c in candidates(frame, cfg):
-        if c.read > cfg.min_confidence and is_word(c.text): found.append((c.polygon, c.read))
+        if c.read > cfg.min_confidence and is_word(c.text) and not _is_huge(c, frame.shape[:2]): found.append((c.polygon, c.read))
         elif cfg.other_scripts and c.seen > cfg.min_confidence and _is_line(c.polygon, frame.shape[:2]): found.append((c.polygon, c.seen))
     return found
+
+def _is_huge(c: Candidate, size: tuple[int, int]) -> bool:
+    "Whether a letter of it would fill more than an eighth of the frame: three squares may read as FE, and are none."
+    return cv2.contourArea(np.float32(c.polygon)) > size[0] * size[1] / 8 * max(1, sum(map(str.isalnum, c.text)))
 
 def _is_line(polygon: np.ndarray, size: tuple[int, int]) -> bool:
     short, long = sorted(float(np.linalg.norm(polygon[0] - polygon[i])) for i in (1, 3))

@@ -49,9 +49,9 @@ def motion_score(luma: np.ndarray) -> float:
 # %% ../../nbs/data/05_scores.ipynb #e0f422bd
 def file_motion(path: str | Path, start_s: float = 0.0, end_s: float | None = None) -> np.ndarray:
     "`frame_motion` of a file or a part of it, `(T,)`. Raises VideoError for a broken file."
-    from opensora_nb.data.video import iter_frames, luma_plane
+    from opensora_nb.data.video import iter_frames, luma_exact
     meter = MotionMeter()
-    return np.array([meter(luma_plane(frame)) for _, frame in iter_frames(path, start_s, end_s)])
+    return np.array([meter(*luma_exact(frame)) for _, frame in iter_frames(path, start_s, end_s)])
 
 # %% ../../nbs/data/05_scores.ipynb #cf1622ab
 def sharpness(luma: np.ndarray) -> float:

@@ -23,7 +23,7 @@ class ShotConfig:
     "How films become clips. Lengths, rates and sizes are the report's; it does not give its thresholds."
     cut_threshold: float = 0.8     # scene score, 0 to 100, from which on a frame is a candidate for a cut; dark films have faint ones
     isolation: float = 1.25        # how many times the change at a cut exceeds the change at any of its neighbours
-    max_likeness: float = 0.82     # correlation of the pictures on both sides, best over small shifts, above which there is no cut
+    max_likeness: float = 0.9      # likeness of the pictures on both sides, -1 to 1, above which there is no cut
     max_clip_s: float = 8.0        # seconds; longer shots are divided
     min_clip_s: float = 2.0        # seconds; shorter shots and remainders are dropped
     max_fps: float = 30.0          # frames per second of the clips
@@ -59,13 +59,24 @@ def _graph(frame: av.VideoFrame, steps: str) -> av.filter.Graph:
     return graph
 
 # %% ../../nbs/data/04_shots.ipynb #2a5dd617
-def likeness(a: np.ndarray, b: np.ndarray, reach: float = 0.05) -> float:
-    "Best correlation, -1 to 1, of the middle of grey picture b `(H, W)`, uint8, with a picture a of the same size, over shifts of up to `reach` of its sides."
-    H, W = a.shape
+def likeness(a: np.ndarray, b: np.ndarray, reach: float = 0.05, grid: int = 4) -> float:
+    """How much of grey picture b `(H, W)`, uint8, is also in picture a of the same size, -1 to 1: the median over `grid` x `grid` fields of their best correlation with a, each shifted by up to `reach` of the sides.
+
+    The median, because titles and things that come and go fill some fields, a cut changes all of them.
+    """
+    (H, W), found = a.shape, []
     y, x = max(1, round(H * reach)), max(1, round(W * reach))
-    inner = b[y : H - y, x : W - x]
-    if inner.std() < 1 or a.std() < 1: return float(abs(float(a.mean()) - float(b.mean())) < 4 and a.std() < 2 and b.std() < 2)   # flat pictures: alike if equally bright
-    return float(cv2.matchTemplate(a, inner, cv2.TM_CCOEFF_NORMED).max())
+    for top, bottom in _fields(y, H - y, grid):
+        for left, right in _fields(x, W - x, grid):
+            field, around = b[top:bottom, left:right], a[top - y : bottom + y, left - x : right + x]
+            (mean, spread), (mean_a, spread_a) = cv2.meanStdDev(field), cv2.meanStdDev(around)
+            if spread < 1 or spread_a < 1: found.append(float(abs(mean - mean_a).item() < 4 and max(spread, spread_a).item() < 2))     # flat: alike if equally bright
+            else: found.append(float(cv2.matchTemplate(around, field, cv2.TM_CCOEFF_NORMED).max()))
+    return float(np.median(found))
+
+def _fields(first: int, last: int, n: int) -> list[tuple[int, int]]:
+    edges = np.linspace(first, last, n + 1).round().astype(int)
+    return list(zip(edges, edges[1:]))
 
 class CutFinder:
     """Says of each frame whether it begins a new shot, `ahead` frames late.
@@ -172,8 +183,11 @@ def output_size(height: int, width: int, max_side: int = 1080, pixel_aspect: flo
 # %% ../../nbs/data/04_shots.ipynb #31001b44
 _UPRIGHT = {90: "transpose=cclock", 180: "hflip,vflip", 270: "transpose=clock"}
 
-def cut_clip(source: VideoInfo, out: str | Path, start_s: float, end_s: float, box: Box | None = None, cfg: ShotConfig = ShotConfig()) -> Path:
-    "Writes `[start_s, end_s)` of a file as a training clip, cropped to `box`, whole or not at all. Raises VideoError where the file breaks."
+def cut_clip(source: VideoInfo, out: str | Path, start_s: float, end_s: float, box: Box | None = None, cfg: ShotConfig = ShotConfig(), exact: bool = False) -> Path:
+    """Writes `[start_s, end_s)` of a file as a training clip, cropped to `box`, whole or not at all. Raises VideoError where the file breaks.
+
+    exact: the times are those of frames, as a survey says them; phones drop frames, and half a frame of tolerance could then be a frame of the shot before.
+    """
     box, out = box or Box(0, 0, *((source.height, source.width) if source.rotation % 180 == 0 else (source.width, source.height))), Path(out)
     upright, aspect = ((box.height, box.width), source.pixel_aspect) if source.rotation % 180 == 0 else ((box.width, box.height), source.pixel_aspect)
     (height, width), fps = output_size(*upright, cfg.max_side, aspect), output_fps(source.fps, cfg.max_fps)
@@ -188,7 +202,7 @@ def cut_clip(source: VideoInfo, out: str | Path, start_s: float, end_s: float, b
                 except (av.error.BlockingIOError, av.error.EOFError): return
                 frame.pts, frame.time_base, frame.pict_type, count = count, 1 / fps, 0, count + 1        # pict_type: let the encoder choose
                 container.mux(target.encode(frame))
-        for _, frame in iter_frames(source.path, start_s, end_s):
+        for _, frame in iter_frames(source.path, start_s, end_s, slack_s=1e-4 if exact else None):
             if graph is None: graph = _graph(frame, ",".join(steps)); _copy_colour(frame, target)
             graph.push(frame); write_ready()
         if graph is None: raise ValueError(f"{source.path} has no frames between {start_s} s and {end_s} s")

@@ -13,7 +13,7 @@ from typing import Iterator, NamedTuple
 import av, numpy as np
 from .scores import BlurConfig, ContentMeter, MotionMeter, ShiftMeter, blurred, majority, shake, sharpness, shrink
 from .shots import Box, BorderMeter, CutFinder, SceneMeter, ShotConfig, Span, close_span, is_full, output_fps
-from .video import VideoError, VideoInfo, iter_frames, luma_plane
+from .video import VideoError, VideoInfo, frame_rotation, iter_frames, luma_exact, luma_plane, to_rgb
 
 # %% ../../nbs/data/06_survey.ipynb #f63e84b2
 class Measured(NamedTuple):
@@ -35,13 +35,13 @@ def measure(path: str | Path, step: int = 1, threads: int = 1) -> Iterator[Measu
     Raises VideoError where the file is broken, and where its picture changes its size.
     """
     scene, motion, content, shift, colour = SceneMeter(), MotionMeter(), ContentMeter(), ShiftMeter(), av.video.reformatter.VideoReformatter()
-    for k, (time_s, frame) in enumerate(iter_frames(path)):
+    for k, (time_s, frame) in enumerate(iter_frames(path, threads=threads)):
         luma = luma_plane(frame)
         try: change, score = scene(frame)
         except ValueError as error: raise VideoError(path, "broken", f"{error} in frame {k}") from None
         seen = Measured(k, time_s, frame, change, score, shrink(luma))
         if k % step == 0:
-            moved = motion(luma), content(_view(colour.reformat(frame, format="bgr24", threads=1))), shift(seen.small)
+            moved = motion(*luma_exact(frame)), content(_view(colour.reformat(frame, format="bgr24", threads=1))), shift(seen.small)
             if k: seen = seen._replace(pair=k - step, motion=moved[0], content=moved[1], shift=moved[2])
         yield seen
 
@@ -110,8 +110,8 @@ class _Open:
                     self.content / max(1, self.pairs) / share, shake(self.shifts), tuple(_picture(m.frame, box) for m in pictures))
 
 def _picture(frame: av.VideoFrame, box: Box) -> np.ndarray:
-    inside = frame.to_ndarray(format="rgb24")[box.y : box.y + box.height, box.x : box.x + box.width]
-    return np.ascontiguousarray(np.rot90(inside, round(frame.rotation / 90)))
+    inside = to_rgb(frame, upright=False)[box.y : box.y + box.height, box.x : box.x + box.width]
+    return np.ascontiguousarray(np.rot90(inside, frame_rotation(frame) // 90))
 
 # %% ../../nbs/data/06_survey.ipynb #b4734788
 def survey(info: VideoInfo, cfg: ShotConfig = ShotConfig(), blur: BlurConfig = BlurConfig(), threads: int = 1) -> Iterator[Take]:

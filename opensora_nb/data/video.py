@@ -119,12 +119,13 @@ def _refuse_large(path: Path, file: io.FileIO, stream: av.VideoStream) -> None:
 
 # %% ../../nbs/data/02_video.ipynb #bc031339
 @contextmanager
-def open_video(path: str | Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    "The opened file and its best video stream; reads this file and nothing else. Raises VideoError, also for errors while decoding inside the block."
+def open_video(path: str | Path, threads: int = 1) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    "The opened file and its best video stream, decoded by `threads` threads; reads this file and nothing else. Raises VideoError, also for errors while decoding inside the block."
     path = Path(path)
     with open_regular(path) as file, _open_container(path, file) as container:
         stream = _best_stream(path, container)
         _refuse_large(path, file, stream)
+        if threads > 1: stream.codec_context.thread_type, stream.codec_context.thread_count = "FRAME", threads
         try: yield container, stream
         except av.error.FFmpegError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EPIPE): raise      # somebody else's trouble: a file being written meanwhile
@@ -263,11 +264,14 @@ def _measured(path: Path) -> tuple[int, int, float | None]:
         return count, size, last - first if 0 < last - first < _LONGEST_S else None
 
 # %% ../../nbs/data/02_video.ipynb #fc1dd226
-def iter_frames(path: str | Path, start_s: float = 0.0, end_s: float | None = None) -> Iterator[tuple[float, av.VideoFrame]]:
-    "Decoded frames with their time in seconds since the first frame, those in `[start_s, end_s)`; as stored, not turned. Times always grow. Raises VideoError."
+def iter_frames(path: str | Path, start_s: float = 0.0, end_s: float | None = None, slack_s: float | None = None, threads: int = 1) -> Iterator[tuple[float, av.VideoFrame]]:
+    """Decoded frames with their time in seconds since the first frame, those in `[start_s, end_s)`; as stored, not turned. Times always grow. Raises VideoError.
+
+    slack_s: tolerance at both ends, half a frame where not given; next to nothing for times that this function said itself. threads: of the decoder.
+    """
     path = Path(path)
-    with open_video(path) as (container, stream):
-        half = 0.5 / _rate(stream)
+    with open_video(path, threads) as (container, stream):
+        half = 0.5 / _rate(stream) if slack_s is None else slack_s
         for t, frame in _frames_before(path, container, stream, start_s, half) if start_s > 0 else _timed_frames(path, container, stream):
             if end_s is not None and t >= end_s - half: break
             if start_s <= 0 or t >= start_s - half: yield t, frame
