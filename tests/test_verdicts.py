@@ -5,8 +5,9 @@ import numpy as np, pytest
 from scipy.stats import spearmanr
 import verdict_material as material
 from opensora_nb.data.filters import technical_faults
+from opensora_nb.data.manifest import manifest_frame
 from opensora_nb.data.ocr import clip_text_share
-from opensora_nb.data.scores import blur_effect
+from opensora_nb.data.pyramid import LEVELS, faults
 from opensora_nb.data.shots import ShotConfig
 from opensora_nb.data.survey import survey
 from opensora_nb.data.video import VideoError, probe
@@ -53,8 +54,8 @@ def test_blurred_clips_are_told_from_sharp_ones(made):
 
 def faults_of(item, **scores) -> list[str]:
     "What the loosest level of the pyramid holds against a clip with these scores."
-    pyramid = pytest.importorskip("opensora_nb.data.pyramid")
-    return pyramid.faults(scores, pyramid.LEVELS[0])
+    row = manifest_frame([dict(clip_id="x", source=item.path.name, status="kept", duration_s=2.0, height=512, width=512, **scores)])
+    return row.select(faults(LEVELS[0])).item().to_list()
 
 def test_text_overlays_are_found(made):
     rows = []
@@ -110,5 +111,4 @@ if __name__ == "__main__":
         else:
             for item in (i for group in (items if name == "motions" else [items]) for i in group):
                 t = longest(item)
-                effect = np.median([blur_effect(f @ np.array([0.299, 0.587, 0.114], np.float32)) for f in t.frames])
-                print(f"{'yes' if item.label else 'no ':4} motion {t.motion:6.2f}  variance {t.sharpness:7.1f}  effect {effect:.2f}  blurry {t.blurry!s:5}  content {t.content:6.2f}  shake {t.shake:6.2f}  {item}")
+                print(f"{'yes' if item.label else 'no ':4} motion {t.motion:6.2f}  variance {t.sharpness:7.1f}  blurry {t.blurry!s:5}  content {t.content:6.2f}  shake {t.shake:6.2f}  {item}")

@@ -360,7 +360,7 @@ def blurs(folder, seed=0, held_out=False) -> list[Item]:
         add(f"{how} {strength}: {name}", frames, fps, "h264" if k >= 9 else codec(rng), True)
     for k in range(14):
         (H, W), fps = (720, 1280) if k == 12 else (1080, 1920) if k == 13 else sizes[k % 6], rate(rng)
-        frames, name = scene(rng, H, W, round(2.1 * float(fps)), fps, held_out); add(f"sharp: {name}", frames, fps, "h264" if k >= 9 else codec(rng))
+        frames, name = scene(rng, H, W, round(2.1 * float(fps)), fps, held_out, moves=("pan", "slow", "static", "actors")); add(f"sharp: {name}", frames, fps, "h264" if k >= 9 else codec(rng))
     for kind in ("skyline", "night") if held_out else ("cartoon", "sky"): add(f"sharp, plain: {kind}", camera(PLATES[held_out][kind][0](rng, 360, 640), 360, 640, *ramp(50, 1.0, rng)), 24)
     back, front = plate(rng, 270, 480, held_out)[0], (bricks if held_out else leaves)(rng, 270, 480)     # shallow focus: only what stands in front is sharp
     mask = cv2.ellipse(np.zeros((270, 480), np.uint8), (240, 190), (95, 150), 0, 0, 360, 1, -1)[..., None]
