@@ -59,8 +59,8 @@ def run(cfg: Config) -> int:
     import nbformat
     if not cfg.notebook.exists(): raise UserError(f"no tour notebook at {cfg.notebook}: the tour is a page of the repository, run `make tour` in a clone of it")
     if cfg.footage:
-        from opensora_nb.data.curate import find_videos
-        find_videos(existing(cfg.footage, "footage", "give a folder with videos"))
+        from opensora_nb.data.stages import find_sources
+        next(find_sources(existing(cfg.footage, "footage", "give a folder with videos")))
     notebook = with_settings(nbformat.read(cfg.notebook, as_version=4), cfg.footage, cfg.out)
     cfg.out.mkdir(parents=True, exist_ok=True)
     print(f"the tour, into {cfg.out}/", flush=True)

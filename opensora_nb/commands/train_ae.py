@@ -20,7 +20,7 @@ class TrainConfig:
     "Settings of a training run; the same for autoencoder and transformer."
     name: str = "pocket"                       # the run's folder is OUT/NAME; running the same again goes on where it stopped
     out: Path = Path("runs")                   # folder of runs
-    data: Path | None = None                   # a curated folder or a clip cache (.safetensors); without it the pocket world is rendered to OUT/data
+    data: Path | None = None                   # a curated folder, a training table (.csv, .parquet) or a clip cache (.safetensors); without it the pocket world is rendered to OUT/data
     clips: int = 2400                          # clips of the pocket world to train on (0.15 s each to render, once)
     preset: Literal["pocket", "report"] = "pocket"   # pocket: two cores, 64 px; report: the published model and recipe
     start: Path | None = None                  # weights to go on from, in place of random ones; "shipped" takes the pocket weights of the package
@@ -39,8 +39,8 @@ class TrainConfig:
         "Clips to train on."
         if self.clips < 1: raise UserError(f"clips must be at least 1, got {self.clips}")
         if self.data is None: return self._world(0, self.clips, size, num_frames)
-        path = existing(self.data, "training data", "a folder made by `osnb curate`, or a clip cache")
-        return curated_cache(path, size, num_frames) if path.is_dir() else ClipCache.load(path)
+        path = existing(self.data, "training data", "a folder made by `osnb curate`, a training table, or a clip cache")
+        return ClipCache.load(path) if path.suffix == ".safetensors" else curated_cache(path, size, num_frames)
 
     def held_out_clips(self, size: int, num_frames: int, count: int = 16) -> ClipCache:
         "Clips of another seed of the pocket world, never trained on."

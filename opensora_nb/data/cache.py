@@ -71,25 +71,25 @@ def world_cache(path: str | Path, seed: int, count: int, size: int = 64, num_fra
     return cache
 
 # %% ../../nbs/data/15_cache.ipynb #17f87ea5
-def curated_cache(folder: str | Path, size: int = 64, num_frames: int = 32, fps: float = 24.0, progress: bool = True) -> ClipCache:
-    """Windows of `num_frames` frames from the kept clips of a curated folder (its manifest decides), resized and cropped to `size`.
+def curated_cache(source: str | Path, size: int = 64, num_frames: int = 32, fps: float = 24.0, progress: bool = True) -> ClipCache:
+    """Windows of `num_frames` frames from the kept clips of a curated folder, a manifest or a training table (see `read_clips`), resized and cropped to `size`.
 
     Frames are dropped evenly where a clip's rate is above `fps`; the last, incomplete window of a clip is left out. Clips without a text get an empty one.
     Raises UserError where nothing usable is left.
     """
-    from opensora_nb.data.manifest import read_manifest
+    from opensora_nb.data.manifest import read_clips
     from opensora_nb.data.scores import motion_score
     from opensora_nb.data.video import decode
     from opensora_nb.data.world import rgb_luma
-    folder = Path(folder)
-    kept = [row for row in read_manifest(folder).iter_rows(named=True) if row["status"] == "kept"]
+    source = Path(source)
+    kept = [row for row in read_clips(source).iter_rows(named=True) if row["status"] == "kept" and (row["num_frames"] or 0) >= num_frames]
     clips, captions = [], []
-    for row in tqdm(kept, desc=f"clips of {folder.name}", unit="clip", mininterval=2, disable=not progress):
-        frames = decode(folder / row["path"], size=size)
-        keep = np.arange(0, len(frames), max(1.0, row["fps"] / fps)).round().astype(int)
+    for row in tqdm(kept, desc=f"clips of {source.name}", unit="clip", mininterval=2, disable=not progress):
+        frames = decode(row["path"], size=size)
+        keep = np.arange(0, len(frames), max(1.0, (row["fps"] or fps) / fps)).round().astype(int)
         frames = frames[keep[keep < len(frames)]]
         for k in range(len(frames) // num_frames):
             clips.append(frames[k * num_frames : (k + 1) * num_frames]); captions.append([row["text"] or ""])
-    if not clips: raise UserError(f"no kept clip in {folder} has {num_frames} frames: curate more footage, or loosen its filters")
+    if not clips: raise UserError(f"no kept clip in {source} has {num_frames} frames: curate more footage, or loosen its filters")
     motion = np.array([motion_score(rgb_luma(clip)) for clip in clips], np.float32)
-    return ClipCache(np.stack(clips), captions, motion, fps, f"curated {folder.name}, {len(clips)} windows of {num_frames} frames, {size} px")
+    return ClipCache(np.stack(clips), captions, motion, fps, f"curated {source.name}, {len(clips)} windows of {num_frames} frames, {size} px")

@@ -8,7 +8,7 @@ __all__ = ['PROBE', 'SURVEY', 'WRITE', 'Stage', 'run_stage', 'find_copies', 'Pla
 
 # %% ../../nbs/data/14_curate.ipynb #6ebfdea0
 import hashlib, json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
@@ -150,6 +150,7 @@ def curate(cfg: CurateConfig) -> pl.DataFrame:
 
 def curate_to_disk(cfg: CurateConfig) -> Path:
     "As `curate`, for collections whose manifest does not fit into memory: returns its path."
+    cfg = CurateConfig(**{f.name: getattr(cfg, f.name) for f in fields(CurateConfig)})           # workers know this class, not a command's or a notebook's
     levels = read_levels(cfg.levels) if cfg.levels else LEVELS
     found = sum(1 for _ in find_sources(cfg.src, cfg.out))                          # nothing to do is said before anything is written
     cfg.out.mkdir(parents=True, exist_ok=True)
