@@ -99,13 +99,14 @@ def find_text(frame: np.ndarray, cfg: OCRConfig = OCRConfig()) -> list[tuple[np.
     """
     found = []
     for c in candidates(frame, cfg):
-        if c.read > cfg.min_confidence and is_word(c.text) and not _is_huge(c, frame.shape[:2]): found.append((c.polygon, c.read))
+        if c.read > cfg.min_confidence and is_word(c.text) and not _is_shape(c, frame.shape[:2]): found.append((c.polygon, c.read))
         elif cfg.other_scripts and c.seen > cfg.min_confidence and _is_line(c.polygon, frame.shape[:2]): found.append((c.polygon, c.seen))
     return found
 
-def _is_huge(c: Candidate, size: tuple[int, int]) -> bool:
-    "Whether a letter of it would fill more than an eighth of the frame: three squares may read as FE, and are none."
-    return cv2.contourArea(np.float32(c.polygon)) > size[0] * size[1] / 8 * max(1, sum(map(str.isalnum, c.text)))
+def _is_shape(c: Candidate, size: tuple[int, int]) -> bool:
+    "Whether it may be a drawing and no writing: three squares may read as FE, two wheels as OG. Letters that fill an eighth of the frame each, or fewer than four that are read with some doubt."
+    letters = sum(map(str.isalnum, c.text))
+    return cv2.contourArea(np.float32(c.polygon)) > size[0] * size[1] / 8 * letters or (letters < 4 and c.read < 0.9)
 
 def _is_line(polygon: np.ndarray, size: tuple[int, int]) -> bool:
     short, long = sorted(float(np.linalg.norm(polygon[0] - polygon[i])) for i in (1, 3))

@@ -108,11 +108,14 @@ class ShiftMeter:
     def __init__(self): self.before, self.window = None, None
 
     def __call__(self, small: np.ndarray) -> tuple[float, float] | None:
-        now, before, size = small.astype(np.float32), self.before, small.shape[::-1]
+        now, before, (H, W) = small.astype(np.float32), self.before, small.shape
         self.before = now
-        if before is None: self.window = cv2.createHanningWindow(size, cv2.CV_32F); return None
-        (right, down), _ = cv2.phaseCorrelate(before, now, self.window)
-        return 1000 * down / size[1], 1000 * right / size[1]
+        if before is None: self.window = cv2.createHanningWindow((W // 2, H // 2), cv2.CV_32F); return None
+        h, w = H // 2, W // 2
+        fields = [(slice(y, y + h), slice(x, x + w)) for y, x in ((0, 0), (0, W - w), (H - h, 0), (H - h, W - w), ((H - h) // 2, (W - w) // 2))]
+        moved = [cv2.phaseCorrelate(np.ascontiguousarray(before[f]), np.ascontiguousarray(now[f]), self.window)[0] for f in fields]
+        right, down = np.median(moved, axis=0)
+        return 1000 * float(down) / H, 1000 * float(right) / H
 
 def shake(shifts: Sequence[tuple[float, float]]) -> float:
     "Median change of the picture's movement, thousandths of its height per frame, from consecutive answers of a `ShiftMeter` `(N, 2)`; 0 for fewer than two."

@@ -52,10 +52,14 @@ def open_regular(path: str | Path, error: type[VideoError] = VideoError) -> Iter
 
 # %% ../../nbs/data/02_video.ipynb #a6319b05
 def _boxes(file: io.FileIO) -> tuple[set[bytes], int]:
-    "Names of the boxes of an mp4 or mov file and how many bytes the last one lacks; nothing and 0 for other containers."
+    "Names of the boxes of an mp4 or mov file and how many bytes the last one, or an avi's, lacks; nothing and 0 for other containers."
     size, at, names = os.fstat(file.fileno()).st_size, 0, set()
     while at + 8 <= size:
         file.seek(at); head = file.read(16)
+        if head[:4] == b"RIFF" and head[8:12] in (b"AVI ", b"AVIX"):        # large avi files are several of them
+            at += 8 + int.from_bytes(head[4:8], "little")
+            if head[4:8] in (bytes(4), b"\xff" * 4): return set(), 0          # written as a stream: nobody knew the length
+            continue
         length, name = int.from_bytes(head[:4], "big"), head[4:8]
         if length == 1: length = int.from_bytes(head[8:16], "big")           # 1: the length has 64 bits; 0: up to the end
         if at == 0 and name != b"ftyp": return set(), 0
