@@ -22,6 +22,7 @@ COMMANDS = {
     "train-ae": "train the Video DC-AE",
     "train": "train the MMDiT by flow matching",
     "generate": "write clips from a prompt, or from a prompt and an image",
+    "bench": "measure this machine: speed, equality of scores, memory",
     "doctor": "what works on this machine, what is missing, and the one command that brings it",
 }   # name: one line of help; the module is opensora_nb.commands.<name with _ for ->
 
@@ -63,8 +64,9 @@ PACKAGES = {    # by the module's name
     "ipykernel": Package("ipykernel", "running notebooks", "notebooks"), "matplotlib": Package("matplotlib", "figures", "notebooks"),
     "nbclient": Package("nbclient", "running notebooks", "notebooks"), "nbconvert": Package("nbconvert", "reports, README", "notebooks"),
     "nbformat": Package("nbformat", "reading notebooks", "notebooks"),
-    "decord": Package("decord2", "fast random access to frames", "decord"), "scenedetect": Package("scenedetect-headless", "shot cuts, second opinion", "scenes"),
-    "rapidocr": Package("rapidocr", "text in pictures", "ocr"), "onnxruntime": Package("onnxruntime", "text in pictures", "ocr"),
+    "decord": Package("decord2", "fast random access to frames", "decord"), "scenedetect": Package("scenedetect-headless", "shot cuts, second opinion", "curation"),
+    "rapidocr": Package("rapidocr", "text in pictures", "curation"), "onnxruntime": Package("onnxruntime", "text in pictures", "curation"),
+    "imagehash": Package("imagehash", "near-duplicates", "curation"), "ray": Package("ray", "curation on a cluster", "ray"),
     "triton": Package("triton", "fused kernels", "triton"),
     "nbdev": Package("nbdev", "notebooks to library", "dev", "pip install 'nbdev==2.4.14' 'fastcore<2' 'execnb<0.2' 'ghapi<2'"),
     "jupytext": Package("jupytext", "notebooks as text", "dev"), "pytest": Package("pytest", "tests", "dev"),
