@@ -7,7 +7,7 @@ __all__ = ['PROBE', 'SURVEY', 'WRITE', 'Stage', 'run_stage', 'find_copies', 'Pla
            'summary', 'funnel_figure']
 
 # %% ../../nbs/data/14_curate.ipynb #6ebfdea0
-import hashlib, json
+import hashlib, json, re, shutil
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -34,7 +34,7 @@ class Stage:
 
 PROBE = Stage("probe", probe_file, lambda c: (c.filters,), "probe", "file")
 SURVEY = Stage("survey", survey_file, lambda c: (replace(c.shots, crf=0), c.blur, c.aesthetic, c.ocr, c.filters.min_aspect, c.filters.max_aspect), "survey", "file")
-WRITE = Stage("write", write_take, lambda c: (c.shots,), "write clips", "clip")
+WRITE = Stage("write", write_take, lambda c: (c.shots.max_fps, c.shots.max_side, c.shots.crf), "write clips", "clip")
 
 def _key(*parts: Any) -> str:
     "A short name for everything that an answer depends on."
@@ -48,20 +48,25 @@ def _state(source: Source) -> tuple:
     return (source.reason, stat.st_size, stat.st_mtime_ns)
 
 # %% ../../nbs/data/14_curate.ipynb #a377de30
+def _limits(cfg: CurateConfig) -> list: return [cfg.time_limit_s, cfg.memory_limit_mb]
+
+def _stands(said: dict | None, cfg: CurateConfig) -> bool:
+    "Whether there is an answer, and not one that other limits may change."
+    return said is not None and said.get("lost", _limits(cfg)) == _limits(cfg)
+
+# %% ../../nbs/data/14_curate.ipynb #a628fd14
 def run_stage(stage: Stage, journal: Journal, tasks: Iterable[tuple[Task, str]], cfg: CurateConfig, total: int | None = None) -> None:
     "Sees to it that the journal has an answer for each (task, key)."
-    limits = [cfg.time_limit_s, cfg.memory_limit_mb]
     keys: dict[str, str] = {}
     with tqdm(total=total, desc=f"{stage.title:12}", unit=stage.unit, mininterval=0.5, disable=not cfg.progress) as bar:
         def todo() -> Iterator[Task]:
             for task, key in tasks:
-                said = journal.get(stage.name, task.item, key)
-                if said is None or said.get("lost", limits) != limits: keys[task.item] = key; yield task
-                else: bar.update()
+                if _stands(journal.get(stage.name, task.item, key), cfg): bar.update()
+                else: keys[task.item] = key; yield task
         for task, answer in run_tasks(stage.function, todo(), workers=cfg.workers, engine=cfg.engine, time_limit=_time_limit, memory_limit=cfg.memory_limit_mb * 2**20):
             if isinstance(answer, Failure):
                 verdict = dict(status="failed", reason=answer.kind)
-                answer = dict(verdict, lost=limits) if stage is WRITE else dict(row=dict(_row_of(task), **verdict), lost=limits)
+                answer = dict(verdict if stage is WRITE else dict(row=_row_of(task) | verdict), lost=_limits(cfg))
             journal.put(stage.name, task.item, keys.pop(task.item), answer)
             bar.update()
 
@@ -80,19 +85,22 @@ def _time_limit(task: Task) -> float:
 def _probes(cfg: CurateConfig) -> Iterator[tuple[Task, str]]:
     for s in find_sources(cfg.src, cfg.out): yield Task(s.name, s, cfg), _key(_state(s), *PROBE.settings(cfg))
 
-def _surveys(cfg: CurateConfig, journal: Journal) -> Iterator[tuple[Task, str]]:
+def _probed(cfg: CurateConfig, journal: Journal) -> Iterator[tuple[Source, dict, str]]:
+    "(source, what its probe said, key of the file and its header). The probe's settings are not in the key: what passes is the same file under all of them."
     for s in find_sources(cfg.src, cfg.out):
-        said = journal.get("probe", s.name, key := _key(_state(s), *PROBE.settings(cfg)))
-        if said and "info" in said: yield Task(s.name, s, cfg, said), _key(key, *SURVEY.settings(cfg))
+        said = journal.get("probe", s.name, _key(state := _state(s), *PROBE.settings(cfg)))
+        if said: yield s, said, _key(state, {k: v for k, v in said.get("info", {}).items() if k != "path"})     # None: changed since, the next run will see
+
+def _surveys(cfg: CurateConfig, journal: Journal) -> Iterator[tuple[Task, str]]:
+    for s, said, key in _probed(cfg, journal):
+        if "info" in said: yield Task(s.name, s, cfg, said), _key(key, *SURVEY.settings(cfg))
 
 def _rows(cfg: CurateConfig, journal: Journal) -> Iterator[tuple[Source, dict, dict, str]]:
-    "All that is known before the decisions: (source, probe's answer, take or file's row with what belongs to it, key), in the order of the manifest."
-    for s in find_sources(cfg.src, cfg.out):
-        probed = journal.get("probe", s.name, key := _key(_state(s), *PROBE.settings(cfg)))
-        if probed is None: continue                                                 # changed since: the next run will see
+    "All that is known before the decisions: (source, probe's answer, take or file's row with what belongs to it, key of its clip), in the order of the manifest."
+    for s, probed, key in _probed(cfg, journal):
         if "info" not in probed: yield s, probed, probed, key; continue
-        if (surveyed := journal.get("survey", s.name, key := _key(key, *SURVEY.settings(cfg)))) is None: continue
-        for take in surveyed.get("takes", [surveyed]): yield s, probed, take, key
+        if (surveyed := journal.get("survey", s.name, _key(key, *SURVEY.settings(cfg)))) is None: continue
+        for take in surveyed.get("takes", [surveyed]): yield s, probed, take, _key(key, take["row"].get("start_s"), take["row"].get("end_s"), take.get("box"), *WRITE.settings(cfg))
 
 # %% ../../nbs/data/14_curate.ipynb #312b8483
 def _leveled(cfg: CurateConfig, journal: Journal, levels: tuple[Level, ...]) -> Iterator[tuple[Source, dict, dict, dict, str]]:
@@ -105,12 +113,15 @@ def _leveled(cfg: CurateConfig, journal: Journal, levels: tuple[Level, ...]) -> 
 def find_copies(cfg: CurateConfig, journal: Journal, levels: tuple[Level, ...]) -> dict[str, str]:
     "clip_id of each near copy -> clip_id of the better one."
     names, hashes, quality, sources = [], [], [], []
-    for _, _, take, row, _ in _leveled(cfg, journal, levels):
-        if row["status"] != "kept": continue
+    for _, _, take, row, key in _leveled(cfg, journal, levels):
+        if row["status"] != "kept" or _in_vain(journal.get("write", row["clip_id"], key), cfg): continue
         names.append(row["clip_id"]); hashes.append(take["hashes"]); sources.append(row["source"])
         quality.append((row["level"], round(row["score_aesthetic"] or 0.0, 2), row["height"] * row["width"], row["bpp"] or 0.0))
     return find_duplicates(names, hashes, quality, cfg.duplicates, sources)
 
+def _in_vain(said: dict | None, cfg: CurateConfig) -> bool: return _stands(said, cfg) and "path" not in said
+
+# %% ../../nbs/data/14_curate.ipynb #57841278
 @dataclass(frozen=True)
 class Plan:
     "All that the last stage and the manifest need; iterated again and again, and never held as a whole."
@@ -120,10 +131,10 @@ class Plan:
     copies: dict[str, str]
 
     def decided(self) -> Iterator[tuple[Source, dict, dict, dict, str]]:
-        "The entries of `_leveled` with near copies rejected, and the key of what is to be written."
+        "The entries of `_leveled` with near copies rejected."
         for s, probed, take, row, key in _leveled(self.cfg, self.journal, self.levels):
             if better := self.copies.get(row["clip_id"]): row |= dict(status="rejected", reason="duplicate", level=None, duplicate_of=better)
-            yield s, probed, take, row, _key(key, *WRITE.settings(self.cfg))
+            yield s, probed, take, row, key
 
     def writes(self) -> Iterator[tuple[Task, str]]:
         for s, probed, take, row, key in self.decided():
@@ -132,6 +143,11 @@ class Plan:
             if said and "path" in said and not (self.cfg.out / said["path"]).exists(): self.journal.forget("write", row["clip_id"])      # somebody removed the clip
             yield Task(row["clip_id"], s, self.cfg, dict(take, info=probed["info"])), key
 
+    def must_change(self) -> bool:
+        "Whether a clip that has copies could not be written."
+        chosen = set(self.copies.values())
+        return any(row["clip_id"] in chosen and row["status"] == "kept" and _in_vain(self.journal.get("write", row["clip_id"], key), self.cfg) for *_, row, key in self.decided()) if chosen else False
+
     def rows(self) -> Iterator[dict]:
         "The manifest, row by row, when everything is written."
         for _, _, _, row, key in self.decided():
@@ -139,6 +155,32 @@ class Plan:
                 if (said := self.journal.get("write", row["clip_id"], key)) is None: continue
                 row |= {k: v for k, v in said.items() if k != "lost"} | (dict(level=None) if "status" in said else {})
             yield row
+
+# %% ../../nbs/data/14_curate.ipynb #ef2fa542
+_CLIP = re.compile(r".+-[0-9a-f]{12}_\d{6,}\.(mp4|jpg)")
+
+def _sweep(out: Path) -> None:
+    "Removes what a killed run, or a lost worker, was writing."
+    for stale in (*out.glob(".manifest-*"), *(out / "clips").glob(".*"), *(out / "levels").glob(".*")): shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+
+def _tidy(out: Path, journal: Journal, wanted: set[str]) -> None:
+    "Removes clips of earlier runs that are not in the manifest, what lost workers were writing, and the records of clips that are not even wanted."
+    _sweep(out)
+    there = set(pl.scan_parquet(out / "manifest.parquet").filter(pl.col("status") == "kept").select("clip_id").collect()["clip_id"])
+    for at in (out / "clips").glob("*"):
+        if _CLIP.fullmatch(at.name) and at.stem not in there: at.unlink()
+    for name, *_ in journal.items("write"):
+        if name not in wanted: journal.forget("write", name)
+
+def _write_tables(out: Path, journal: Journal, levels: tuple[Level, ...]) -> None:
+    "A training table for each level; the journal knows which there were before."
+    for name in {name for name, *_ in journal.items("level")} - {level.name for level in levels}:
+        for kind in ("parquet", "csv"): (out / "levels" / f"{name}.{kind}").unlink(missing_ok=True)
+        journal.forget("level", name)
+    for number, level in enumerate(levels, 1):
+        if not journal.get("level", level.name, ""): journal.put("level", level.name, "", True)
+        there = pl.scan_parquet(out / "manifest.parquet").filter(pl.col("status") == "kept", pl.col("level") >= number)
+        export_level(there.collect(), number, out / "levels", levels, root="..")
 
 # %% ../../nbs/data/14_curate.ipynb #1ad403f6
 def curate(cfg: CurateConfig) -> pl.DataFrame:
@@ -155,20 +197,17 @@ def curate_to_disk(cfg: CurateConfig) -> Path:
     found = sum(1 for _ in find_sources(cfg.src, cfg.out))                          # nothing to do is said before anything is written
     cfg.out.mkdir(parents=True, exist_ok=True)
     with Journal(cfg.out / "journal.sqlite") as journal:
-        for stale in (cfg.out / "clips").glob(".*"): stale.unlink()                 # what a killed run was writing
+        _sweep(cfg.out)
         run_stage(PROBE, journal, _probes(cfg), cfg, found)
         run_stage(SURVEY, journal, _surveys(cfg, journal), cfg, sum(1 for _ in _surveys(cfg, journal)))
-        plan = Plan(cfg, journal, levels, find_copies(cfg, journal, levels))
-        wanted = {row["clip_id"] for *_, row, _ in plan.decided() if row["status"] == "kept"}
-        run_stage(WRITE, journal, plan.writes(), cfg, len(wanted))
+        while True:
+            plan = Plan(cfg, journal, levels, find_copies(cfg, journal, levels))
+            wanted = {row["clip_id"] for *_, row, _ in plan.decided() if row["status"] == "kept"}
+            run_stage(WRITE, journal, plan.writes(), cfg, len(wanted))
+            if not plan.must_change(): break
         stream_manifest(plan.rows(), cfg.out / "manifest.parquet")
-        for name, _, said in list(journal.items("write")):                          # clips of earlier runs that are no longer wanted
-            if name in wanted: continue
-            if "path" in said: (cfg.out / said["path"]).unlink(missing_ok=True)
-            journal.forget("write", name)
-    for number in range(1, len(levels) + 1):
-        there = pl.scan_parquet(cfg.out / "manifest.parquet").filter(pl.col("status") == "kept", pl.col("level") >= number)
-        export_level(there.collect(), number, cfg.out / "levels", levels, root="..")
+        _tidy(cfg.out, journal, wanted)
+        _write_tables(cfg.out, journal, levels)
     return cfg.out / "manifest.parquet"
 
 # %% ../../nbs/data/14_curate.ipynb #8ff8c3de

@@ -38,16 +38,17 @@ class Source:
 def find_sources(src: str | Path, out: str | Path | None = None) -> Iterator[Source]:
     "All videos and images below a folder, sorted folder by folder, or the one file that `src` is; `out` is not searched. UserError where there are none."
     src = existing(src, "folder or file", "give a folder with videos or images, or one such file")
+    root, skip, found = src.resolve(), Path(out).resolve() if out else None, False
+    if skip and any(root.is_relative_to(skip / made) for made in ("clips", "levels")): raise UserError(f"{src} is what curation has made in {out}: give the folder with the films, or another folder for the clips")
     if src.is_file():
         if kind := _kind(src.name): yield Source(src.name, src, kind); return
         raise UserError(f"{src} is neither a video nor an image by its ending (known: {_suffixes()})")
-    root, skip, found = src.resolve(), Path(out).resolve() if out else None, False
     if skip == root: raise UserError(f"{src} cannot be source and output folder at once: name another folder for the clips")
     for at, folders, files in os.walk(src, onerror=_refuse):
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and Path(at, f).resolve() != skip)
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and Path(os.path.realpath(Path(at, f))) != skip)
         for name in sorted(files + [f for f in folders if Path(at, f).is_symlink()]):
             path = Path(at, name)
-            leads_out = path.is_symlink() and not path.resolve().is_relative_to(root)
+            leads_out = path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root)     # links in a circle lead nowhere, without an error
             kind = "video" if path.is_dir() and leads_out else None if name.startswith(".") or path.is_dir() else _kind(name)
             if not kind: continue
             found = True
@@ -100,6 +101,12 @@ class Task:
     given: dict = field(default_factory=dict)     # what the stage before said
 
 # %% ../../nbs/data/13_stages.ipynb #650d1c35
+def _verdict(error: Exception) -> dict:
+    "What a row says of a file that cannot be read. Where memory ran out, MemoryError: that is for the pool to note, for with more memory the answer may be another."
+    if isinstance(error, MemoryError) or getattr(error, "reason", "") == "crashed" or isinstance(error, cv2.error) and error.code == cv2.Error.StsNoMem: raise MemoryError("out of memory") from error
+    return dict(status=error.status, reason=error.reason) if isinstance(error, VideoError) else dict(status="failed", reason="broken")
+
+# %% ../../nbs/data/13_stages.ipynb #33583615
 def probe_file(task: Task) -> dict:
     "The manifest row of a file, final where it has a status; with `info` for what comes next. Never raises for anything that is wrong with the file."
     s, cfg = task.source, task.cfg
@@ -107,7 +114,7 @@ def probe_file(task: Task) -> dict:
     if s.reason: return dict(row=dict(row, status="failed", reason=s.reason))
     if reason := source_reason(s.name, cfg.filters): return dict(row=dict(row, status="rejected", reason=reason))
     try: info = probe_image(s.path) if s.kind == "image" else probe(s.path)
-    except VideoError as error: return dict(row=dict(row, status=error.status, reason=error.reason))
+    except VideoError as error: return dict(row=row | _verdict(error))
     if s.kind == "image": row |= image_row(info)
     else: row |= dict(start_s=0.0, end_s=info.duration_s, duration_s=info.duration_s, fps=info.fps, num_frames=info.num_frames, height=info.height, width=info.width,
                       aspect_ratio=info.aspect_ratio, codec=info.codec, profile=info.profile, bpp=info.bpp)
@@ -120,7 +127,7 @@ def survey_file(task: Task) -> dict:
     "`takes` of a probed file: rows with scores, what is needed to write the clip, and hashes of its pictures; or the row of a file that turned out broken."
     s, row, cfg = task.source, task.given["row"], task.cfg
     try: return dict(takes=[_image_take(s, row, cfg)] if s.kind == "image" else [_take(s, row, VideoInfo(**task.given["info"]), t, cfg) for t in _survey(task)])
-    except VideoError as error: return dict(row=dict(row, status=error.status, reason=error.reason))
+    except (VideoError, av.error.FFmpegError, cv2.error) as error: return dict(row=row | _verdict(error))
 
 def _survey(task: Task) -> Iterator[Take]:
     cfg, info = task.cfg, VideoInfo(**{**task.given["info"], "path": str(task.source.path)})
@@ -160,8 +167,8 @@ def write_take(task: Task) -> dict:
         if s.kind == "image": write_image(cfg.out / at, read_image(s.path, cfg.shots.max_side)); return dict(path=at)
         info = VideoInfo(**{**given["info"], "path": str(s.path)})
         clip = probe(cut_clip(info, cfg.out / at, row["start_s"], row["end_s"], Box(*given["box"]), cfg.shots, exact=True))
-    except VideoError as error: return dict(status=error.status, reason=error.reason)
+    except VideoError as error: return _verdict(error)
     except (av.error.FFmpegError, OSError) as error:
         if error.errno in _DISK: raise UserError(f"cannot write {cfg.out / at} ({error.strerror}): make room or name another folder, then run the same command again") from error
-        return dict(status="failed", reason="broken")
+        return _verdict(error)
     return dict(path=at, duration_s=clip.duration_s, fps=clip.fps, num_frames=clip.num_frames, height=clip.height, width=clip.width, aspect_ratio=clip.aspect_ratio)
