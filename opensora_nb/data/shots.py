@@ -62,9 +62,11 @@ def _graph(frame: av.VideoFrame, steps: str) -> av.filter.Graph:
 def likeness(a: np.ndarray, b: np.ndarray, reach: float = 0.05, grid: int = 4) -> float:
     """How much of grey picture b `(H, W)`, uint8, is also in picture a of the same size, -1 to 1: the median over `grid` x `grid` fields of their best correlation with a, each shifted by up to `reach` of the sides.
 
-    The median, because titles and things that come and go fill some fields, a cut changes all of them.
+    The median, because titles and things that come and go fill some fields, a cut changes all of them. Rows and columns at the edge that are black in both do not count: a cut leaves borders as they are.
     """
-    (H, W), found = a.shape, []
+    part = _lit(np.maximum(a, b))
+    a, b, found = a[part], b[part], []
+    H, W = a.shape
     y, x = max(1, round(H * reach)), max(1, round(W * reach))
     for top, bottom in _fields(y, H - y, grid):
         for left, right in _fields(x, W - x, grid):
@@ -73,6 +75,12 @@ def likeness(a: np.ndarray, b: np.ndarray, reach: float = 0.05, grid: int = 4) -
             if spread < 1 or spread_a < 1: found.append(float(abs(mean - mean_a).item() < 4 and max(spread, spread_a).item() < 2))     # flat: alike if equally bright
             else: found.append(float(cv2.matchTemplate(around, field, cv2.TM_CCOEFF_NORMED).max()))
     return float(np.median(found))
+
+def _lit(grey: np.ndarray, level: float = 28.0, smallest: int = 24) -> tuple[slice, slice]:
+    "Rows and columns of a picture inside its black borders; all of it where less than `smallest` pixels a side would be left."
+    inside = [np.flatnonzero(_light(grey, axis) > level) for axis in (1, 0)]
+    if any(len(i) == 0 or i[-1] - i[0] < smallest for i in inside): return slice(None), slice(None)
+    return tuple(slice(int(i[0]), int(i[-1]) + 1) for i in inside)
 
 def _fields(first: int, last: int, n: int) -> list[tuple[int, int]]:
     edges = np.linspace(first, last, n + 1).round().astype(int)
