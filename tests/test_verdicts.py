@@ -13,10 +13,10 @@ from opensora_nb.data.survey import survey
 from opensora_nb.data.video import VideoError, probe
 
 pytestmark = pytest.mark.slow            # some hundred small films are made and looked at: minutes
-SETS = [(1, False), (1, True)]           # seed, held-out pictures; thresholds were chosen with seed 0 and the other pictures
+SETS = [(11, True)]                        # seed, held-out pictures; thresholds were chosen on other seeds, most of them with other pictures
 SHORT = ShotConfig(min_clip_s=1.0)       # the films are no longer than they need be
 
-@pytest.fixture(params=SETS, ids=["seen-pictures", "unseen-pictures"])
+@pytest.fixture(params=SETS, ids=["unseen-pictures"])
 def made(request, tmp_path): return lambda name: getattr(material, name)(tmp_path, *request.param)
 
 def takes(item): return list(survey(probe(item.path), SHORT))
