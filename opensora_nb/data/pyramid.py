@@ -70,7 +70,7 @@ def _fails(level: Level, field: str) -> pl.Expr | None:
 
 # %% ../../nbs/data/10_pyramid.ipynb #f2e333b7
 LEVELS = (
-    Level("256px", min_motion=0.5, max_motion=20.0, allow_blurry=False, max_text=0.01, max_jitter=60.0, max_shake=9.0, min_aesthetic=4.0),
+    Level("256px", min_motion=0.5, max_motion=20.0, allow_blurry=False, max_text=0.01, max_jitter=60.0, max_shake=14.0, min_aesthetic=4.0),
     Level("768px", min_side=512, min_motion=1.0, max_motion=12.0, allow_blurry=False, max_text=0.003, max_jitter=40.0, max_shake=7.0, min_aesthetic=4.75),
 )
 

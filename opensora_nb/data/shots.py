@@ -76,6 +76,13 @@ def likeness(a: np.ndarray, b: np.ndarray, reach: float = 0.05, grid: int = 4) -
             else: found.append(float(cv2.matchTemplate(around, field, cv2.TM_CCOEFF_NORMED).max()))
     return float(np.median(found))
 
+def _light(luma: np.ndarray, axis: int) -> np.ndarray:
+    "Mean plus twice the standard deviation of each row (axis 1) or column (axis 0)."
+    n = luma.shape[axis]
+    mean = cv2.reduce(luma, axis, cv2.REDUCE_SUM, dtype=cv2.CV_32F).ravel() / n
+    square = cv2.reduce(luma, axis, cv2.REDUCE_SUM2, dtype=cv2.CV_32F).ravel() / n
+    return mean + 2 * np.sqrt(np.maximum(0, square - mean ** 2))
+
 def _lit(grey: np.ndarray, level: float = 28.0, smallest: int = 24) -> tuple[slice, slice]:
     "Rows and columns of a picture inside its black borders; all of it where less than `smallest` pixels a side would be left."
     inside = [np.flatnonzero(_light(grey, axis) > level) for axis in (1, 0)]
@@ -169,12 +176,7 @@ class BorderMeter:
         (top, bottom), (left, right) = edges
         return Box(top, left, bottom - top, right - left) if bottom > top and right > left else None
 
-def _light(luma: np.ndarray, axis: int) -> np.ndarray:
-    "Mean plus twice the standard deviation of each row (axis 1) or column (axis 0)."
-    n = luma.shape[axis]
-    mean = cv2.reduce(luma, axis, cv2.REDUCE_SUM, dtype=cv2.CV_32F).ravel() / n
-    square = cv2.reduce(luma, axis, cv2.REDUCE_SUM2, dtype=cv2.CV_32F).ravel() / n
-    return mean + 2 * np.sqrt(np.maximum(0, square - mean ** 2))
+
 
 # %% ../../nbs/data/04_shots.ipynb #d80b7e11
 def output_fps(fps: float, max_fps: float = 30.0) -> Fraction:
