@@ -38,12 +38,13 @@ def _checked(frames: list[np.ndarray]) -> list[np.ndarray]:
     return frames
 
 # %% ../../nbs/data/07_aesthetic.ipynb #27e149a7
-def read_head(path: str | Path) -> tuple[np.ndarray, float]:
+def read_head(path: str | Path | None) -> tuple[np.ndarray, float]:
     """The LAION head folded to `(w, b)`: score = w . x + b, w `(D,)` float64, for a CLIP embedding x of length 1.
 
     path: .safetensors, or .pth of plain tensors (nothing in it is run), with the published names `layers.N.weight`, `layers.N.bias` or `weight`, `bias`.
     Raises UserError in one line for a file that is missing, broken, of other names, or whose layers do not fit.
     """
+    if path is None: raise UserError("the LAION score needs its head: give the file sac+logos+ava1-l14-linearMSE.pth of LAION's improved-aesthetic-predictor (or choose the method standin or off)")
     tensors, layers = _head_tensors(path := existing(path, "file of the aesthetic head", "download LAION's sac+logos+ava1-l14-linearMSE.pth")), {}
     for name, value in tensors.items():
         match = re.fullmatch(r"(?:layers\.(\d+)\.)?(weight|bias)", name)
@@ -109,7 +110,6 @@ def _clip(source: str, device: str):
 
 def _laion(cfg: AestheticConfig) -> Callable[[list[np.ndarray]], float]:
     import torch
-    if cfg.head is None: raise UserError("the LAION score needs its head: give the file sac+logos+ava1-l14-linearMSE.pth of LAION's improved-aesthetic-predictor (or choose the method standin or off)")
     w, b = read_head(cfg.head)
     model = _clip(str(cfg.clip), ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
     if len(w) != model.config.projection_dim: raise UserError(f"{cfg.head} takes vectors of {len(w)} numbers, CLIP in {cfg.clip} gives {model.config.projection_dim}: use the head and the CLIP that belong together")

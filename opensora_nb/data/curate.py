@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ..cluster.files import UserError
 from ..cluster.journal import Journal
 from ..cluster.pool import Failure, run_tasks
+from .aesthetic import read_head
 from .duplicates import find_duplicates
 from .manifest import manifest_frame, read_manifest, stream_manifest
 from .pyramid import LEVELS, Level, assign_levels, export_level, read_levels, unmeasured
@@ -194,6 +195,7 @@ def curate_to_disk(cfg: CurateConfig) -> Path:
     "As `curate`, for collections whose manifest does not fit into memory: returns its path."
     cfg = CurateConfig(**{f.name: getattr(cfg, f.name) for f in fields(CurateConfig)})           # workers know this class, not a command's or a notebook's
     levels = read_levels(cfg.levels) if cfg.levels else LEVELS
+    if cfg.aesthetic.method == "laion": read_head(cfg.aesthetic.head)               # weights that are missing are said now, and not after the first film
     found = sum(1 for _ in find_sources(cfg.src, cfg.out))                          # nothing to do is said before anything is written
     cfg.out.mkdir(parents=True, exist_ok=True)
     with Journal(cfg.out / "journal.sqlite") as journal:
