@@ -3,6 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 TORCH_INDEX ?=
 ARGS ?=
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := notebooks,decord,curation,ray,triton,dev
@@ -28,6 +29,7 @@ help:
 	@echo "make clean   remove build litter (not .venv, not runs)"
 	@echo
 	@echo "No GPU?  make tour TORCH_INDEX=https://download.pytorch.org/whl/cpu    takes torch without CUDA"
+	@echo "make test JOBS=8    in as many processes"
 	@echo "Your own footage?  make tour ARGS='--footage DIR'.   Another Python?  make tour PYTHON=/path/to/python3.11"
 
 tour: venv
@@ -35,11 +37,11 @@ tour: venv
 
 test: venv
 	@echo "== all tests: notebooks, library, command line, the tour once"
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 quick: venv
 	@echo "== the quick part of the tests"
-	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
 
 lab: venv
 	@echo "== JupyterLab; Ctrl-C twice ends it"

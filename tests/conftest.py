@@ -31,6 +31,18 @@ def pytest_configure(config):
 def golden_tally(request): return request.config.stash[GOLDEN]
 
 
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):          # one of several processes (-n): what it compared travels to the one that sums up
+        session.config.workeroutput["golden"] = {family: (dict(t), dict(t.not_yet)) for family, t in session.config.stash[GOLDEN].items()}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    "Adds up what the processes of `pytest -n` compared."
+    for family, (counts, not_yet) in getattr(node, "workeroutput", {}).get("golden", {}).items():
+        node.config.stash[GOLDEN][family].update(counts); node.config.stash[GOLDEN][family].not_yet.update(not_yet)
+
+
 def pytest_terminal_summary(terminalreporter, config):
     if not (tallies := config.stash[GOLDEN]): return
     terminalreporter.section("golden values")
