@@ -71,7 +71,8 @@ def check_schema(result):
         if "missing" not in a: assert a["ratio"] == pytest.approx(a["seconds"] / scoring["ours"]["best_s"])
     for row in result["equality"]: assert row["equal"] == (row["largest_difference"] <= row["allowed"])
     for w in result["memory"]["worker"]: assert w["difference_mb"] == pytest.approx(w["long"]["peak_mb"] - w["short"]["peak_mb"]) and w["long"]["frames"] > w["short"]["frames"]
-    assert result["memory"]["main"]["many"]["kept"] == result["memory"]["main"]["many"]["files"] // 2
+    many = result["memory"]["main"]["many"]
+    assert 0.49 * many["files"] <= many["kept"] <= many["files"] / 2                  # half are broken; of the pictures some few may be alike by chance
     if find_spec("ray") and "missing" not in result["ray"]: assert len(result["ray"]["seconds"]["ray"]) == len(result["ray"]["seconds"]["processes"]) and repetitions >= 1
 
 def test_the_record_that_the_page_shows_is_whole_and_says_where_it_was_made():

@@ -420,7 +420,7 @@ def scoring_figure(result: dict, ax=None):
     import matplotlib.pyplot as plt
     ax, scoring = ax or plt.subplots(figsize=(9, 2.2), dpi=90)[1], result["scoring"]
     there = [name for name, a in scoring["against"].items() if "seconds" in a]
-    rows, colours = [f"one tool a pass, FFmpeg {name}\n{scoring['against'][name]['version'][:12]}" for name in there] + ["one pass of ours"], {}
+    rows, colours = [f"one tool a pass, FFmpeg {name}\n{scoring['against'][name]['version'].split('-')[0]}" for name in there] + ["one pass of ours"], {}
     for y, name in enumerate(there):
         at = 0.0
         for tool in scoring["tools"]:
