@@ -107,7 +107,7 @@ def _rows(cfg: CurateConfig, journal: Journal) -> Iterator[tuple[Source, dict, d
 def _leveled(cfg: CurateConfig, journal: Journal, levels: tuple[Level, ...]) -> Iterator[tuple[Source, dict, dict, dict, str]]:
     "The entries of `_rows`, each with its manifest row on the level that it reaches alone."
     entries = _rows(cfg, journal)
-    while batch := list(islice(entries, 5000)):
+    while batch := list(islice(entries, 2000)):
         frame = assign_levels(manifest_frame([dict(t["row"], status=t["row"].get("status", "kept")) for _, _, t, _ in batch]), levels)
         yield from ((s, p, t, row, key) for (s, p, t, key), row in zip(batch, frame.iter_rows(named=True)))
 
@@ -207,7 +207,7 @@ def curate_to_disk(cfg: CurateConfig) -> Path:
             wanted = {row["clip_id"] for *_, row, _ in plan.decided() if row["status"] == "kept"}
             run_stage(WRITE, journal, plan.writes(), cfg, len(wanted))
             if not plan.must_change(): break
-        stream_manifest(plan.rows(), cfg.out / "manifest.parquet")
+        stream_manifest(plan.rows(), cfg.out / "manifest.parquet", batch=2000)
         _tidy(cfg.out, journal, wanted)
         _write_tables(cfg.out, journal, levels)
     return cfg.out / "manifest.parquet"
