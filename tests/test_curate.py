@@ -264,7 +264,7 @@ def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(footage, done
         known = now; stages.add(max((("probe", "survey", "write").index(s) for s, _ in now), default=-1))
         assert not (out / "manifest.parquet").exists() or k == len(kills) - 1
         for clip in (out / "clips").glob("[!.]*"): probe_image(clip) if clip.suffix == ".jpg" else probe(clip)
-    assert stages == {-1, 0, 1, 2}, "a kill in each stage"
+    assert stages >= {0, 1, 2}, "a kill in each stage"
     written = {p: p.stat().st_mtime_ns for p in (out / "clips").glob("[!.]*") if ("write", p.stem) in known}
     run = start(footage[0], "--out", out, "--workers", 2)
     assert run.communicate(timeout=120) and run.returncode == 0 and until(lambda: not family(run.pid), 10)

@@ -287,7 +287,7 @@ def test_captions_of_the_manifest_are_used_and_tell_caches_apart(curated, tmp_pa
 def test_a_curated_folder_without_anything_usable_is_one_line(curated, tmp_path):
     error(lambda: curated_cache(curated[0], 32, num_frames=500), "no kept clip", "500 frames")
     error(lambda: curated_cache(tmp_path, 32), "no such manifest")
-    error(lambda: curated_cache(tmp_path / "nowhere", 32), "no such manifest")
+    error(lambda: curated_cache(tmp_path / "nowhere", 32), "no such curated folder")
 
 def test_a_clip_that_is_gone_is_one_line(curated, tmp_path):
     import shutil

@@ -27,7 +27,7 @@ class WorkerTraceback(Exception):
     "Where in the worker an error was raised, as text; the cause of the error that the caller sees."
     def __str__(self) -> str: return f"\n{self.args[0]}"
 
-_NO_MEMORY = re.compile(r"insufficient memory|(can.?t|cannot|failed to|unable to) allocate|bad_alloc|out of memory", re.I)     # OpenCV, torch and errno 12, C++
+_NO_MEMORY = re.compile(r"insufficient memory|(can.?t|cannot|failed to|unable to) allocate|bad_alloc|out of memory|failed to map segment", re.I)     # OpenCV, torch and errno 12, C++
 
 def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or bool(_NO_MEMORY.search(str(error)))
