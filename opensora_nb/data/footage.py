@@ -172,7 +172,7 @@ def make_footage(out: str | Path, shots: int = 24, seed: int = 0, defects: bool 
     shown) and `duplicate_of` (the file that it copies). The same list is in `out/truth.json`. H.264 and JPEG, `size` x `size` pixels, 24 fps.
     UserError where `out` holds other footage.
     """
-    out, recipe = Path(out), dict(shots=shots, seed=seed, defects=defects, size=size)
+    out, recipe = Path(out), dict(shots=shots, seed=seed, defects=defects, size=size, version=2)
     if (out / "truth.json").exists():
         known = json.loads((out / "truth.json").read_text())
         if known["recipe"] == recipe: return known["records"]
