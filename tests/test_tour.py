@@ -53,6 +53,6 @@ def test_leaves_manifest_clips_curves_samples_and_a_report(tour):
 
 
 def test_footage_that_is_none_is_one_line(tmp_path):
-    for folder, says in ((tmp_path, "no videos in"), (tmp_path / "gone", "no such footage")):
+    for folder, says in ((tmp_path, "no videos or images in"), (tmp_path / "gone", "no such footage")):
         r = osnb("tour", "--footage", folder, "--out", tmp_path / "out")
         assert r.returncode == 2 and len(r.stderr.strip().splitlines()) == 1 and says in r.stderr and not (tmp_path / "out").exists()
