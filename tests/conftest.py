@@ -1,5 +1,5 @@
 "Options of the test-suite, and what it says at the end."
-import signal
+import os, signal
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -25,6 +25,13 @@ def pytest_configure(config):
     if given := config.getoption("--golden"):
         if not Path(given).is_dir(): raise pytest.UsageError(f"--golden {given}: no such folder; give one with <family>.json and .npz files")
         if not any(Path(given).glob("*.json")): raise pytest.UsageError(f"--golden {given}: no reference values (*.json) in this folder")
+
+
+@pytest.fixture(autouse=True)
+def ordinary_priority():
+    "The AV1 encoder, run by root, leaves its process at real-time priority, which would starve all that runs beside it."
+    yield
+    if hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) != os.SCHED_OTHER: os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 @pytest.fixture(scope="session")
