@@ -93,6 +93,7 @@ def _fields(first: int, last: int, n: int) -> list[tuple[int, int]]:
     edges = np.linspace(first, last, n + 1).round().astype(int)
     return list(zip(edges, edges[1:]))
 
+# %% ../../nbs/data/04_shots.ipynb #99db7aed
 class CutFinder:
     """Says of each frame whether it begins a new shot, `ahead` frames late.
 

@@ -134,6 +134,7 @@ def _warp(tile: np.ndarray, size: int, zoom: float, dx: float, dy: float) -> np.
     matrix = np.array([[scale, 0, cx - x0 + scale / 2 - 0.5], [0, scale, cy - y0 + scale / 2 - 0.5]])
     return cv2.warpAffine(window, matrix, (size, size), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE)
 
+# %% ../../nbs/data/01_world.ipynb #c903f864
 def _draw(canvas: np.ndarray, truth: Truth, radius: float, x: float, y: float, angle: float, scale: float) -> None:
     "One body onto the canvas; x, y, radius in units, scale in pixels a unit. Sub-pixel positions (4 fractional bits)."
     color, sub = COLORS[truth.color], 16
@@ -152,6 +153,7 @@ def _draw(canvas: np.ndarray, truth: Truth, radius: float, x: float, y: float, a
         tip = (x + 0.7 * radius * np.cos(angle), y + 0.7 * radius * np.sin(angle))
         cv2.line(canvas, tuple(round(v * scale * sub) for v in (x, y)), tuple(round(v * scale * sub) for v in tip), (25, 25, 30), max(1, round(scale)), cv2.LINE_AA, 4)
 
+# %% ../../nbs/data/01_world.ipynb #21b727dd
 @dataclass(frozen=True)
 class Scene:
     "A truth made ready to draw: textures and trajectories are made once, frames at any time and pace follow."
@@ -191,6 +193,7 @@ class Scene:
             out[i] = cv2.resize(cv2.LUT(canvas, lut), (size, size), interpolation=cv2.INTER_AREA)
         return out
 
+# %% ../../nbs/data/01_world.ipynb #79896920
 def render(truth: Truth, size: int = 64, num_frames: int = 32, fps: float = FPS) -> np.ndarray:
     "A clip `(T, size, size, 3)`, uint8 RGB. Deterministic: the same truth gives the same bytes."
     times = np.arange(num_frames) / fps * truth.pace

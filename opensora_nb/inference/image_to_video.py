@@ -39,6 +39,7 @@ class SampleConfig:
             if getattr(self, name) < 1: raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         decorate("", self.fps, self.motion_score)      # raises for numbers that no text can say
 
+# %% ../../nbs/inference/00_image_to_video.ipynb #3f535dc5
 class ImageToVideo:
     "The three models, and the way from prompt and image to a clip."
     def __init__(self, autoencoder: VideoDCAE, model: MMDiT, text: TextEncoder):

@@ -51,6 +51,7 @@ class LatentCache:
             with safe_open(path, framework="pt") as f: return cls(**{k: f.get_tensor(k) for k in cls.TENSORS}, origin=f.metadata()["origin"])
         except Exception as e: raise UserError(f"{path} is not a latent cache: {type(e).__name__} {e}".splitlines()[0]) from e
 
+# %% ../../nbs/training/02_diffusion.ipynb #aa1d7692
 @torch.no_grad()
 def encode_cache(cache: ClipCache, autoencoder: VideoDCAE, text: TextEncoder, batch: int = 8, quiet: bool = False) -> LatentCache:
     "Latents and text encodings of every clip, in bfloat16. Raises UserError for clips of a size that the autoencoder does not divide."
@@ -67,6 +68,7 @@ def encode_cache(cache: ClipCache, autoencoder: VideoDCAE, text: TextEncoder, ba
         tokens.append(half(t).unflatten(0, (len(forms), -1))); pooled.append(half(p).unflatten(0, (len(forms), -1)))
     return LatentCache(*(torch.cat(x) for x in (latents, first, last, tokens, pooled)), *map(half, text([""])), cache.origin)
 
+# %% ../../nbs/training/02_diffusion.ipynb #1442e5c4
 def latent_cache(path: str | Path, cache: ClipCache, autoencoder: VideoDCAE, text: TextEncoder, quiet: bool = False) -> LatentCache:
     """The latent cache of these clips under these models: read from `path`, or made and written there.
 
