@@ -21,10 +21,9 @@ NOT_YET = {
     "configs": {"*": "recipes of the stages"},
     "denoise": {"*": "whole sampling loops"},
     "hunyuan_vae": {"*": "causal VAE"},
-    "losses": {"*": "losses and discriminator"},
     "preprocess": {"*": "resize and crop of the release"},
     "sampling": {"*": "guidance tables, condition tensors"},
-    "shapes": {"hunyuan_vae": "causal VAE", "autoencoder_2d": "2-D image autoencoder", "discriminator": "losses and discriminator"},
+    "shapes": {"hunyuan_vae": "causal VAE", "autoencoder_2d": "2-D image autoencoder"},
     "train_condition": {"*": "condition tensors of training"},
 }
 
@@ -49,9 +48,9 @@ def tensor(entry):
     return torch.from_numpy(n)
 
 def fill(model):
-    "Every floating-point entry of the state dict from its own name; zero-dimensional and integer entries stay."
+    "Every floating-point entry of the state dict from its own name; zero-dimensional and integer entries stay, and the constants of LPIPS."
     for name, value in model.state_dict().items():
-        if value.is_floating_point() and value.ndim: value.copy_(torch.from_numpy(weight(name, value.shape)))
+        if value.is_floating_point() and value.ndim and not name.startswith("scaling_layer."): value.copy_(torch.from_numpy(weight(name, value.shape)))
     return model.eval()
 
 def cannot_build(what): pytest.fail(f"cannot build {what}", pytrace=False)
@@ -252,6 +251,101 @@ def dcae_shortcuts(fam, case, tally):
     compare(fam, case, make, tally)
 
 
+# ---- losses: flow matching, discriminator, LPIPS, the release's autoencoder losses ----
+def losses(fam, case, tally):
+    config, inputs = dict(case.get("config", {})), {k: tensor(v) for k, v in case["inputs"].items()}
+    if "mmdit" in config: make = losses_flow
+    elif "gen_start" in config: make = losses_generator
+    elif "input_nc" in config: make = losses_discriminator
+    elif "perceptual_loss_weight" in config: make = losses_autoencoder
+    elif case["outputs"].keys() == {"distance"}: make = losses_lpips
+    else: cannot_build(f"a case of losses with the config {sorted(config)}")
+    with torch.enable_grad(): made = make(fam, case, config, inputs, tally)
+    if config: cannot_build(f"a case of losses with {sorted(config)}")
+    compare(fam, case, lambda name: (lambda: made[name]) if name in made else None, tally)
+
+def filled_lpips():
+    from opensora_nb.autoencoder.losses import LPIPS
+    return fill(LPIPS())
+
+def losses_lpips(fam, case, config, inputs, tally):
+    net = filled_lpips()
+    check_listing(net, fam.state_dict(case)[0], case, tally)
+    return dict(distance=net(inputs["a"], inputs["b"]))
+
+def losses_autoencoder(fam, case, config, inputs, tally):
+    from opensora_nb.autoencoder.losses import release_loss
+    if config.pop("kl_loss_weight"): cannot_build("the release's KL loss")
+    parts = release_loss(inputs["video"], inputs["recon"], filled_lpips(), config.pop("perceptual_loss_weight"), config.pop("logvar_init"))
+    return dict(nll_loss=parts["nll"], recon_loss=parts["l1"], perceptual_loss=parts["perceptual"], kl_loss=torch.zeros(()))
+
+def filled_discriminator(config):
+    from opensora_nb.autoencoder.discriminator import PatchDiscriminator3D
+    return fill(PatchDiscriminator3D(config.pop("input_nc"), config.pop("ndf"), config.pop("n_layers")))
+
+def losses_discriminator(fam, case, config, inputs, tally):
+    "Outputs named disc_loss_(kind)_start(first step)_step(step) are 0 before the first step; `train_nodropout` are logits by the statistics of the batch."
+    from opensora_nb.autoencoder.discriminator import LOSSES, AdversarialConfig
+    net = filled_discriminator(config)
+    check_listing(net, fam.state_dict(case)[0], case, tally)
+    made = {f"logits_{name}_eval": net(x) for name, x in inputs.items()}
+    kinds = {name.replace("wgan", "wgan-gp"): charge(made["logits_real_eval"], made["logits_fake_eval"]) for name, charge in LOSSES.items()}
+    net.train()
+    for module in net.modules():
+        if isinstance(module, torch.nn.Dropout): module.p = 0.0
+    made |= kinds | {f"logits_{name}_train_nodropout": net(x) for name, x in inputs.items()}
+    for name in case["outputs"]:
+        if found := re.fullmatch(r"disc_loss_(.+)_start(\d+)_step(\d+)", name):
+            made[name] = kinds[found[1]] * AdversarialConfig(start=int(found[2])).plays(int(found[3]))
+    return made
+
+def losses_generator(fam, case, config, inputs, tally):
+    from opensora_nb.autoencoder.discriminator import AdversarialConfig, adaptive_weight, generator_loss, gradient_norm
+    from opensora_nb.autoencoder.losses import release_loss
+    cfg = AdversarialConfig(weight=config.pop("disc_weight") * config.pop("disc_factor"), start=config.pop("gen_start"))
+    config.pop("last_layer"), (disc := filled_discriminator(config.pop("discriminator")))
+    video, last = inputs["video"], inputs["last_layer_weight"].requires_grad_()
+    output = torch.nn.functional.conv3d(inputs["h"], last, padding=1)
+    settings = next(c["config"] for c in fam.cases.values() if "perceptual_loss_weight" in c.get("config", {}))
+    nll, g = release_loss(video, output, filled_lpips(), settings["perceptual_loss_weight"], settings["logvar_init"])["nll"], generator_loss(disc(output))
+    made = dict(nll_loss=nll, g_loss=g, nll_grad_norm_last_layer=gradient_norm(nll, last), g_grad_norm_last_layer=gradient_norm(g, last))
+    for name, scale in (("", 1.0), ("_nll_scaled", fam.data.get("nll_scale_for_unclamped") or case["nll_scale_for_unclamped"])):
+        d = cfg.weight * adaptive_weight(scale * nll, g, last, cfg.cap)
+        made |= {f"adaptive_weight_times_disc_weight{name}": d, f"weighted_gen_loss{name}": d * g * cfg.plays(cfg.start)}
+    return made | dict(weighted_gen_loss_before_start=made["weighted_gen_loss"] * cfg.plays(cfg.start - 1))
+
+def losses_flow(fam, case, config, inputs, tally):
+    "Gradient norms of every parameter beside the outputs; `masked` outputs leave out the first and/or last latent frame of the rows that their names list."
+    from opensora_nb.flow.matching import flow_loss, interpolate, target_velocity
+    from opensora_nb.mmdit.conditioning import image_condition, pack, position_ids
+    from opensora_nb.mmdit.model import MMDiT, MMDiTConfig
+    cfg, sigma_min = MMDiTConfig.from_dict(config.pop("mmdit")), config.pop("sigma_min")
+    config.pop("model")                                       # the name of the case in mmdit that has the same config
+    model = fill(MMDiT(cfg)).train()
+    latent, x1, t = inputs["x0_latent"], inputs["x1_noise_packed"], inputs["t"]
+    B, _, T, H, W = latent.shape
+    x0 = pack(latent, cfg.patch_size)
+    cond = image_condition(latent.shape, {0: latent[:, :, :1]}, ["i2v_head"] + ["t2v"] * (B - 1))
+    if T == 1: cond[:1, 0], cond[:1, 1:] = 1, latent[:1]      # the case's rule gives a lone frame itself; ours gives an image nothing
+    x_t, target = interpolate(x0, x1, t, sigma_min), target_velocity(x0, x1, sigma_min)
+    prediction = model(x_t, position_ids(T, H, W, cfg.patch_size), inputs["txt"], torch.zeros(inputs["txt"].shape[1], 3), t, inputs["y_vec"], pack(cond, cfg.patch_size))
+    loss = flow_loss(prediction, target)
+    loss.backward()
+    norms = {name: p.grad.norm() for name, p in model.named_parameters()}
+    assert norms.keys() == case["grad_norms"].keys()
+    for name, norm in norms.items(): assert norm.item() == pytest.approx(case["grad_norms"][name], rel=RELATIVE), name
+    tally["values"] += len(norms)
+    made = dict(x_t=x_t, v_target=target, pred=prediction, loss=loss, global_grad_norm=torch.stack([*norms.values()]).norm())
+    for name in case["outputs"]:
+        if not (found := re.fullmatch(r"get_batch_loss_masked((?:_row(?:\d+|last)_(?:head|tail|loop))+)", name)): continue
+        keep = torch.ones(B, 1, T, H // cfg.patch_size, W // cfg.patch_size)
+        for row, kind in re.findall(r"_row(\d+|last)_(head|tail|loop)", found[1]):
+            for end, kinds in ((0, ("head", "loop")), (-1, ("tail", "loop"))):
+                if kind in kinds: keep[-1 if row == "last" else int(row), :, end] = 0
+        made[name] = flow_loss(prediction, target, pack(keep))
+    return made
+
+
 # ---- sampling_tables: sections are recognised by what their entries hold ----
 def sampling_tables(fam, section, tally):
     entries = fam.data[section]
@@ -339,6 +433,9 @@ def shapes(fam, name, tally, folder):
         if kind_of(entry["config"]) == "mmdit":
             from opensora_nb.mmdit.model import MMDiT, MMDiTConfig
             model = MMDiT(MMDiTConfig.from_dict(entry["config"]))
+        elif kind_of(entry["config"]) == "discriminator":
+            from opensora_nb.autoencoder.discriminator import PatchDiscriminator3D
+            model = PatchDiscriminator3D(entry["config"]["input_nc"], layers=entry["config"]["n_layers"])
         else:
             from opensora_nb.autoencoder.dc_ae import VideoDCAE
             model = VideoDCAE(dcae_config(entry["config"]))
@@ -383,6 +480,6 @@ def test_golden(golden_case, golden_tally):
     if name == "shapes": shapes(fam, case, tally, Path(folder))
     elif name == "sampling_tables": sampling_tables(fam, case, tally)
     elif name == "dcae" and "temporal_tile_size" in fam.data.get(case, {}): dcae_frame_counts(fam, case, tally)
-    elif name in ("mmdit", "dcae") and case in fam.cases: {"mmdit": mmdit, "dcae": dcae}[name](fam, fam.cases[case], tally)
+    elif name in ("mmdit", "dcae", "losses") and case in fam.cases: {"mmdit": mmdit, "dcae": dcae, "losses": losses}[name](fam, fam.cases[case], tally)
     else: cannot_build(f"{case!r} of family {name!r}: nobody has taught this test how, and NOT_YET does not list it")
     tally["cases"] += 1
