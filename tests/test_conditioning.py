@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from opensora_nb.cluster.files import UserError
-from opensora_nb.mmdit.conditioning import (ALL_KINDS, HEAD_ONLY, KINDS, drop_text, image_condition, image_size, latent_frames, model_inputs, noise_shape, pack,
+from opensora_nb.mmdit.conditioning import (ALL_KINDS, HEAD_ONLY, KINDS, drop_text, fits, given_frames, hold_ends, image_condition, image_size, latent_frames, model_inputs, noise_shape, pack,
                                             position_ids, reference_latents, round_size, sample_condition_kinds, training_condition, unpack)
 from opensora_nb.mmdit.model import MMDiT, MMDiTConfig
 
@@ -40,7 +40,7 @@ def test_each_row_has_its_own_kind():
     for row, kind in enumerate(kinds):
         alone = image_condition((1, 3, 6, 2, 2), {k: v[row : row + 1] for k, v in refs.items()}, kind)
         assert torch.equal(mixed[row : row + 1], alone)
-        given = sorted(f % 6 for f in KINDS[kind])
+        given = sorted(f % 6 for f in given_frames(kind))
         assert mixed[row, 0].flatten(1).mean(1).nonzero().flatten().tolist() == given
         assert mixed[row, 1:, [f for f in range(6) if f not in given]].eq(0).all()
 
@@ -50,6 +50,38 @@ def test_a_single_latent_frame_is_given_nothing():
 def test_two_latent_frames_can_be_a_loop():
     assert image_condition((1, 3, 2, 2, 2), {0: noise(1, 3, 2, 2), -1: noise(1, 3, 2, 2)}, "i2v_loop")[:, 0].eq(1).all()
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_stretches_are_given_whole_and_encoded_as_the_autoencoder_needs_it(causal):
+    def encode(x):
+        calls.append(x.shape[2])
+        frames = x.mean((3, 4), keepdim=True)
+        if x.shape[2] == 1: return frames
+        return torch.cat([frames[:, :, :1], frames[:, :, 1:].unflatten(2, (-1, 4)).mean(3)], 2) if causal else frames.unflatten(2, (-1, 4)).mean(3)
+    calls, video = [], noise(4, 3, 73 if causal else 72, 2, 2)
+    latent = encode(video); calls.clear()
+    kinds = ["v2v_head", "v2v_tail_easy", "i2v_loop", "t2v"]
+    cond = training_condition(video, latent, kinds, encode, causal)
+    assert cond[:, 0].sum((1, 2, 3)).tolist() == [8 + causal, 16 + causal, 2, 0] and calls == ([1, 33, 65] if causal else [1])
+    stretch = encode(video[:1, :, :33])[0] if causal else latent[0, :, :8]
+    assert torch.equal(cond[0, 1:, : 8 + causal], stretch)
+    for row in range(4): assert cond[row, 1:, cond[row, 0, :, 0, 0] == 0].eq(0).all()
+
+def test_kinds_that_leave_nothing_are_neither_drawn_nor_made():
+    generator = torch.Generator().manual_seed(0)
+    for T, causal in itertools.product((1, 2, 8, 9, 10, 17, 18), (False, True)):
+        drawn = set(sample_condition_kinds(300, generator, dict.fromkeys(KINDS, 1.0), T, causal))
+        assert drawn == {k for k in KINDS if fits(k, T, causal)} and {"t2v", "i2v_head"} <= drawn
+        for kind in set(KINDS) - drawn:
+            with pytest.raises(ValueError, match="nothing is left"): image_condition((1, 2, T, 2, 2), {e: noise(1, 2, 17, 2, 2) for e in (0, -1)}, kind, causal)
+
+@pytest.mark.parametrize("kind, T", list(itertools.product(KINDS, (1, 3, 6, 7, 40))))
+def test_held_ends_keep_length_and_end_on_the_given_frames(kind, T):
+    video = noise(2, 3, T, 2, 2)
+    held = hold_ends(video, kind)
+    assert held.shape == video.shape
+    if 0 in given_frames(kind): assert torch.equal(held[:, :, 0], video[:, :, 0])
+    if list(given_frames(kind)) == [-1]: assert torch.equal(held[:, :, -1], video[:, :, -1])
+
 @pytest.mark.parametrize("kinds, refs, word", [("i2v", {}, "unknown"), (["t2v"], {}, "1 kinds"), ("i2v_tail", {0: torch.zeros(2, 3, 2, 2)}, "frame -1")])
 def test_conditions_that_cannot_be_made_say_why(kinds, refs, word):
     with pytest.raises(ValueError, match=word): image_condition((2, 3, 4, 2, 2), refs, kinds)
@@ -57,7 +89,7 @@ def test_conditions_that_cannot_be_made_say_why(kinds, refs, word):
 def test_references_are_the_clips_own_first_and_last_frames_in_the_right_rows():
     video, encode = noise(4, 3, 9, 4, 4), lambda x: 2 * x
     kinds = ["t2v", "i2v_tail", "i2v_loop", "i2v_head"]
-    refs = reference_latents(video, kinds, encode)
+    refs = reference_latents(video, noise(4, 3, 3, 4, 4), kinds, encode)
     assert torch.equal(refs[0][[2, 3], :, 0], 2 * video[[2, 3], :, 0]) and torch.equal(refs[-1][[1, 2], :, 0], 2 * video[[1, 2], :, -1])
     assert refs[0][[0, 1]].eq(0).all() and refs[-1][[0, 3]].eq(0).all()
     cond = training_condition(video, noise(4, 3, 3, 4, 4).bfloat16(), kinds, encode)

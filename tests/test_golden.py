@@ -22,9 +22,7 @@ NOT_YET = {
     "denoise": {"*": "whole sampling loops"},
     "hunyuan_vae": {"*": "causal VAE"},
     "preprocess": {"*": "resize and crop of the release"},
-    "sampling": {"*": "guidance tables, condition tensors"},
     "shapes": {"hunyuan_vae": "causal VAE", "autoencoder_2d": "2-D image autoencoder"},
-    "train_condition": {"*": "condition tensors of training"},
 }
 
 
@@ -251,6 +249,60 @@ def dcae_shortcuts(fam, case, tally):
     compare(fam, case, make, tally)
 
 
+# ---- sampling: guidance tables, packing, what a kind of task is given ----
+def sampling(fam, case, tally):
+    from opensora_nb.flow.guidance import Guidance, image_strength, text_strength
+    from opensora_nb.mmdit.conditioning import given_frames, image_condition, pack
+    config, outputs = dict(case["config"]), set(case["outputs"])
+    if outputs == {"image_gs", "text_gs"}:
+        steps, frames = config.pop("num_steps"), config.pop("latent_frames")
+        cfg = Guidance(text=config.pop("guidance"), image=config.pop("guidance_img"), text_oscillation=config.pop("text_osci"), image_oscillation=config.pop("image_osci"),
+                       dynamic_image=config.pop("scale_temporal_osci"))
+        made = dict(image_gs=image_strength(cfg, steps, frames), text_gs=text_strength(cfg, steps)[:, None].expand(-1, frames))
+    elif outputs == {"packed"}:
+        shape = config.pop("shape")
+        made = dict(packed=pack(torch.arange(math.prod(shape), dtype=torch.float32).view(shape), config.pop("patch_size")))
+    elif outputs == {"mask_t", "masked_ref"}:
+        kind, causal, shape = config.pop("cond_type"), config.pop("causal"), config.pop("z_shape")
+        refs = {}
+        for row in range(shape[0]):                                # ref{row}_{number}: in the order head, tail
+            for number, end in enumerate(given_frames(kind, causal)):
+                refs.setdefault(end, []).append(tensor(case["inputs"][f"ref{row}_{number}"]))
+        assert len(case["inputs"]) == sum(map(len, refs.values()))
+        cond = image_condition(shape, {end: torch.stack(x) for end, x in refs.items()}, kind, causal)
+        assert torch.equal(cond[:, :1].amax((3, 4), keepdim=True).expand_as(cond[:, :1]), cond[:, :1])     # constant over space
+        made = dict(mask_t=cond[:, 0, :, 0, 0], masked_ref=cond[:, 1:])
+    else: cannot_build(f"a case of sampling with the outputs {sorted(outputs)}")
+    if config: cannot_build(f"a case of sampling with {sorted(config)}")
+    compare(fam, case, lambda name: lambda: made[name], tally)
+
+
+# ---- train_condition: with the toy encoder that the reference defines ----
+def train_condition(fam, case, tally):
+    from opensora_nb.mmdit.conditioning import given_frames, hold_ends, training_condition
+    config = dict(case["config"])
+    kind, causal, hold = config.pop("cond_type"), config.pop("causal"), config.pop("pad", False)
+    if left := config.keys() - {"T", "H", "W"}: cannot_build(f"a case of train_condition with {sorted(left)}")
+
+    def encode(video):
+        small = torch.nn.functional.avg_pool3d(video, (1, 8, 8))
+        if video.shape[2] == 1: return small
+        groups = small[:, :, causal:].unflatten(2, (-1, 4)).mean(3)
+        return torch.cat([small[:, :, :causal], groups], 2)
+
+    video = tensor(case["inputs"]["video"])
+    kind = "i2v_head" if video.shape[2] == 1 and kind == "image" else kind                     # an image: whatever the kind, nothing is given
+    held = hold_ends(video, kind) if hold else video
+    latent = encode(held)
+    cond = training_condition(held, latent, [kind] * len(video), encode, causal)
+    made = {"x_0": latent, "cond": cond}
+    if hold and -1 in given_frames(kind):          # the release takes the tail's image 7 frames before the end of the clip it was given, ours is the held clip's last frame
+        theirs = cond.clone(); theirs[:, 1:, -1] = encode(video[:, :, -7:-6])[:, :, 0]
+        assert torch.equal(cond[:, 1:, -1], encode(held[:, :, -1:])[:, :, 0])
+        if not torch.equal(theirs, cond): made["cond"] = theirs; tally["known differences"] += 1
+    compare(fam, case, lambda name: (lambda: made[name]) if name in made else None, tally)
+
+
 # ---- losses: flow matching, discriminator, LPIPS, the release's autoencoder losses ----
 def losses(fam, case, tally):
     config, inputs = dict(case.get("config", {})), {k: tensor(v) for k, v in case["inputs"].items()}
@@ -468,6 +520,8 @@ def pytest_generate_tests(metafunc):
         found += [(str(folder), path.stem, name) for name in names]
     metafunc.parametrize("golden_case", found or [(str(folder), "", "")], ids=lambda c: f"{c[1]}-{c[2]}" if c[1] else "none")
 
+BUILDERS = dict(losses=losses, mmdit=mmdit, dcae=dcae, sampling=sampling, train_condition=train_condition)      # family -> how a case of it is built
+
 @torch.no_grad()
 def test_golden(golden_case, golden_tally):
     folder, name, case = golden_case
@@ -480,6 +534,6 @@ def test_golden(golden_case, golden_tally):
     if name == "shapes": shapes(fam, case, tally, Path(folder))
     elif name == "sampling_tables": sampling_tables(fam, case, tally)
     elif name == "dcae" and "temporal_tile_size" in fam.data.get(case, {}): dcae_frame_counts(fam, case, tally)
-    elif name in ("mmdit", "dcae", "losses") and case in fam.cases: {"mmdit": mmdit, "dcae": dcae, "losses": losses}[name](fam, fam.cases[case], tally)
+    elif case in fam.cases and name in BUILDERS: BUILDERS[name](fam, fam.cases[case], tally)
     else: cannot_build(f"{case!r} of family {name!r}: nobody has taught this test how, and NOT_YET does not list it")
     tally["cases"] += 1
