@@ -1,4 +1,4 @@
-"The training loop and its checkpoints: exact resumption after Ctrl-C and kill -9, order of samples, learning rate, averaged weights, faults."
+"The training loop and its checkpoints: exact resumption after Ctrl-C and kill -9, alone or with a rival, order of samples, learning rate, averaged weights, faults."
 import json, math, os, shutil, signal, subprocess, sys, time
 from collections import Counter
 from dataclasses import replace
@@ -11,13 +11,13 @@ from torch import nn
 
 from opensora_nb.cluster.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from opensora_nb.cluster.files import UserError
-from opensora_nb.training.loop import LoopConfig, StopRequest, learning_rate, read_log, sample_indices, train, update_average
+from opensora_nb.training.loop import LoopConfig, Rival, StopRequest, learning_rate, read_log, sample_indices, train, update_average
 
 # ---- a real run, also as a program of its own ----
 PROGRAM = """
 import sys, time, torch
 from torch import nn
-from opensora_nb.training.loop import LoopConfig, train
+from opensora_nb.training.loop import LoopConfig, Rival, train
 
 def fit(run, delay=0.0, bad_at=0, sample=None, sample_every=0, about=dict(data="points"), **changes):
     torch.manual_seed(0)
@@ -33,13 +33,38 @@ def fit(run, delay=0.0, bad_at=0, sample=None, sample_every=0, about=dict(data="
     cfg = LoopConfig(**(dict(steps=40, batch_size=7, lr=0.01, warmup=5, final_lr=0.1, ema=0.9, precision="fp32", save_every=8) | changes))
     return train(model, loss, 50, cfg, run, about, dict(width=16), sample, sample_every, quiet=True)
 
+def duel(run, delay=0.0, bad_at=0, plays=lambda step: True, watch=None, helper=True, **changes):
+    "A model with a helper against a rival with dropout, each with settings of its own."
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 2))
+    side = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False)) if helper else None
+    judge = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.LeakyReLU(0.2), nn.Dropout(0.3), nn.Linear(8, 1))
+    x = torch.randn(50, 2, generator=torch.Generator().manual_seed(1)) * torch.tensor([1.0, 0.2])
+    calls, left = 0, None
+    def loss(indices, generator):
+        nonlocal calls, left; calls += 1
+        time.sleep(delay)
+        made = model(torch.randn(len(indices), 2, generator=generator))
+        left = x[indices], made.detach()
+        parts = dict(loss=made.square().mean() + (side(made).sub(1).square().mean() if side else 0))
+        if rival.playing: parts |= dict(loss=parts["loss"] - judge(made).mean(), against=judge(made).mean().detach())
+        assert all(not p.requires_grad and p.grad is None for p in judge.parameters())
+        return parts
+    def theirs():
+        real, fake = judge(left[0]), judge(left[1])
+        charge = 0.5 * (torch.relu(1 - real).mean() + torch.relu(1 + fake).mean())
+        return dict(loss=charge * float("nan") if calls == bad_at else charge, real=real.mean().detach())
+    cfg = LoopConfig(**(dict(steps=40, batch_size=7, lr=0.01, warmup=5, final_lr=0.1, ema=0.9, precision="fp32", save_every=8) | changes))
+    rival = Rival(judge, theirs, lr=0.03, betas=(0.5, 0.9), eps=1e-8, plays=plays, watch=watch)
+    return train(model, loss, 50, cfg, run, dict(data="ring"), dict(width=8), quiet=True, helper=side, rival=rival), judge, side
+
 if __name__ == "__main__":
-    try: fit(sys.argv[1], delay=float(sys.argv[2]))
+    try: (duel if "duel" in sys.argv else fit)(sys.argv[1], delay=float(sys.argv[2]))
     except KeyboardInterrupt as e: sys.exit(f"interrupted: {e}")
 """
 space = {"__name__": "program"}
 exec(PROGRAM, space)
-fit = space["fit"]
+fit, duel = space["fit"], space["duel"]
 
 def contents(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
@@ -165,6 +190,89 @@ def test_a_loss_that_is_not_finite_is_one_line_and_keeps_the_last_checkpoint(tmp
 def test_a_gradient_that_is_not_finite_stops_as_well(tmp_path):
     model = nn.Linear(1, 1)
     error(lambda: train(model, lambda i, g: dict(loss=model(torch.zeros(1, 1)).sub(model.bias).abs().sqrt().sum()), 4, LoopConfig(steps=3, precision="fp32"), tmp_path, {}, {}, quiet=True), "not finite at step 1")
+
+
+# ---- two players ----
+@pytest.fixture(scope="module")
+def duelled(tmp_path_factory):
+    run = tmp_path_factory.mktemp("duel") / "run"
+    return run, duel(run)
+
+def test_a_duel_that_is_killed_ends_like_one_that_was_not(duelled, tmp_path):
+    program, run = tmp_path / "program.py", tmp_path / "run"
+    program.write_text(PROGRAM)
+    p = subprocess.Popen([sys.executable, program, run, "0.05", "duel"], stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
+    while not (done := checkpoints(run / "checkpoints")) or len((run / "log.jsonl").read_text().splitlines()) < int(done[0].name[5:]) + 3:
+        assert p.poll() is None and time.monotonic() < end, p.stderr.read()
+        time.sleep(0.01)
+    p.send_signal(signal.SIGKILL)
+    assert p.wait(60) == -signal.SIGKILL and 8 < steps(run)[-1] < 40
+    again = duel(run)
+    assert all(equal(a, b) for a, b in zip(again, duelled[1])) and steps(run) == list(range(1, 41))
+    a, b = read_log(run), read_log(duelled[0])
+    assert a.keys() == b.keys() >= {"against", "discriminator_loss", "discriminator_real", "discriminator_grad_norm"} and all(a[k] == b[k] for k in a.keys() - {"seconds"})
+
+def test_both_players_and_the_helper_learn_and_only_the_model_is_in_the_weights(duelled):
+    torch.manual_seed(0)
+    fresh = [nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 2)), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.LeakyReLU(0.2), nn.Dropout(0.3), nn.Linear(8, 1))]
+    model, judge, side = duelled[1]
+    moved = [{k for (k, a), b in zip(old.state_dict().items(), new.state_dict().values()) if not torch.equal(a, b)} for old, new in zip(fresh, (model, side, judge))]
+    assert moved[0] == set(model.state_dict()) and moved[1] == {"0.weight", "0.bias"} and moved[2] == set(judge.state_dict())
+    weights, state = load_checkpoint(checkpoints(duelled[0] / "checkpoints")[-1])
+    assert weights.keys() == model.state_dict().keys() and state["helper"].keys() == {"0.weight", "0.bias"}, "what is frozen is not saved"
+    assert all(torch.equal(v, state["rival"]["weights"][k]) for k, v in judge.state_dict().items())
+    for optimizer, lr, betas in ((state["optimizer"], 0.01, (0.9, 0.999)), (state["rival"]["optimizer"], 0.03, (0.5, 0.9))):
+        group = optimizer["param_groups"][0]
+        assert group["betas"] == betas and group["lr"] == pytest.approx(learning_rate(LoopConfig(steps=40, lr=lr, warmup=5, final_lr=0.1), 39)), "one schedule, two rates"
+
+def test_a_rival_that_does_not_play_yet_neither_moves_nor_counts(tmp_path):
+    kept = []
+    def plays(step):
+        kept.append(step)
+        return step >= 17
+    duel(tmp_path / "run", plays=plays, steps=20)
+    log = read_log(tmp_path / "run")
+    assert kept == list(range(20)) and [v is None for v in log["discriminator_loss"]] == [v is None for v in log["against"]] == [True] * 17 + [False] * 3
+    weights, state = load_checkpoint(tmp_path / "run/checkpoints/step-0000016")
+    assert not state["rival"]["optimizer"]["state"] and state["rival"]["weights"]["1.num_batches_tracked"] == 0
+
+def test_a_rival_whose_loss_is_not_finite_is_one_line_and_keeps_the_last_checkpoint(tmp_path):
+    error(lambda: duel(tmp_path / "run", bad_at=20), "the discriminator's loss is not finite at step 20", "lower the learning rate (0.03)")
+    assert steps(tmp_path / "run") == list(range(1, 20)) and [p.name for p in checkpoints(tmp_path / "run/checkpoints")] == ["step-0000008", "step-0000016"]
+    assert equal(duel(tmp_path / "run")[1], duel(tmp_path / "other")[1])                                # and the run goes on from there
+
+class Watch:
+    "Warns at step 14, holds checkpoints back from then on, gives up at step `end`."
+    def __init__(self, end): self.end, self.calls, self.over, self.doubtful = end, 0, False, False
+    def __call__(self, values):
+        self.calls += 1
+        self.doubtful, self.over = self.calls >= 14, self.calls == self.end
+        assert values["discriminator_loss"] > 0 and values["grad_norm"] > 0
+        return "it teaches nothing" if self.calls in (14, self.end) else None
+
+def test_a_rival_that_stops_teaching_is_said_and_then_stops_the_run_with_the_last_good_checkpoint_kept(tmp_path):
+    run = tmp_path / "run"
+    line = error(lambda: duel(run, watch=Watch(30)), "run: it teaches nothing; stopped at step 30", "the last checkpoint is from before")
+    assert [p.name for p in checkpoints(run / "checkpoints")] == ["step-0000008"] and steps(run) == list(range(1, 31))
+    assert [i for i, w in enumerate(read_log(run)["warning"], 1) if w] == [14, 30]
+
+def test_a_doubt_at_the_end_does_not_lose_the_end(tmp_path):
+    duel(tmp_path / "run", watch=Watch(99))
+    assert [p.name for p in checkpoints(tmp_path / "run/checkpoints")] == ["step-0000008", "step-0000040"]
+
+def test_dropout_is_a_function_of_seed_and_step(tmp_path):
+    seen = []
+    def run(folder, seed):
+        torch.manual_seed(len(seen))                                                                     # whatever went on before
+        model, calls = nn.Linear(4, 1), []
+        def loss(i, g):
+            calls.append(torch.nn.functional.dropout(torch.ones(20), 0.5).tolist())
+            return dict(loss=model(torch.ones(1, 4)).square().sum())
+        train(model, loss, 4, LoopConfig(steps=3, seed=seed), folder, {}, {}, quiet=True)
+        seen.append(calls)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)): run(tmp_path / name, seed)
+    assert seen[0] == seen[1] != seen[2] and len({tuple(c) for c in seen[0]}) == 3
 
 
 # ---- signals ----
