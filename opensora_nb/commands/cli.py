@@ -22,6 +22,7 @@ COMMANDS = {
     "train-ae": "train the Video DC-AE",
     "train": "train the MMDiT by flow matching",
     "generate": "write clips from a prompt, or from a prompt and an image",
+    "evaluate": "measure autoencoders on clips: the report's table 1, with pictures of the worst cases",
     "bench": "measure this machine: speed, equality of scores, memory",
     "doctor": "what works on this machine, what is missing, and the one command that brings it",
 }   # name: one line of help; the module is opensora_nb.commands.<name with _ for ->
