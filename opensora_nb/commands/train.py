@@ -8,6 +8,7 @@ __all__ = ['Config', 'run']
 # %% ../../nbs/commands/04_train.ipynb #03bbe0c3
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 from ..cluster.files import UserError
 from ..cluster.weights import shipped
 from .train_ae import TrainConfig
@@ -17,6 +18,7 @@ from .train_ae import TrainConfig
 class Config(TrainConfig):
     "Train the MMDiT by flow matching, text and image to video."
     name: str = "pocket-mmdit"                 # the run's folder is OUT/NAME; running the same again goes on where it stopped
+    preset: Literal["pocket", "report"] = "pocket"   # pocket: two cores, 64 px; report: the published model and recipe
     autoencoder: Path | None = None            # autoencoder weights, a file or folder; without it the pocket autoencoder
     text_encoders: Path | None = None          # folder with google/t5-v1_1-xxl and openai/clip-vit-large-patch14; without it the pocket text encoder
 
