@@ -104,7 +104,7 @@ def test_train_makes_a_run_and_generate_reads_it(given, tmp_path):
 @pytest.mark.slow
 def test_train_ae_stops_at_ctrl_c_and_the_same_command_goes_on(given, held_out, tmp_path):
     shutil.copytree(held_out, tmp_path / "runs/data")
-    command = words("train-ae --name x --data {given}/clips.safetensors --start {given}/ae --steps 12 --batch-size 2", given)
+    command = words("train-ae pocket_dcae_gan --name x --data {given}/clips.safetensors --start {given}/ae --steps 12 --batch-size 2", given)
     log = tmp_path / "runs/x/log.jsonl"
     p = subprocess.Popen([*OSNB, *command], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not log.exists() or log.read_text().count("\n") < 2:
@@ -119,7 +119,8 @@ def test_train_ae_stops_at_ctrl_c_and_the_same_command_goes_on(given, held_out, 
 
     r = typed(*command, cwd=tmp_path)
     assert r.returncode == 0 and "Traceback" not in r.stderr, r.stderr
-    assert read_log(tmp_path / "runs/x")["step"] == list(range(1, 13)) and r.stdout.startswith("held-out PSNR ") and "over 16 clips" in r.stdout
+    log = read_log(tmp_path / "runs/x")
+    assert log["step"] == list(range(1, 13)) and all(v > 0 for k in ("discriminator_loss", "adaptive_weight") for v in log[k]) and r.stdout.startswith("held-out PSNR ") and "over 16 clips" in r.stdout
     run = tmp_path / "runs/x"
     assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.json", "log.jsonl", "model", "samples", "tensorboard"] and [p.name for p in (run / "samples").iterdir()] == ["0000012.png"]
     assert VideoDCAE.from_pretrained(tmp_path / outputs(r.stdout, "weights")).scaling_factor not in (None, 0.5)
@@ -142,6 +143,9 @@ REFUSED = [
     ("train-ae --data {given}/nowhere", "no such training data"), ("train-ae --data {given}/nothing", "no such manifest"), ("train-ae --data {given}/text.safetensors", "is not a clip cache"), ("train-ae --data {given}/ae/model.safetensors", "is not a clip cache"),
     ("train-ae --data {given}/clips.safetensors --steps 0", "steps must be at least 1"), ("train-ae --data {given}/clips.safetensors --batch-size 0", "batch_size must be at least 1"), ("train-ae --data {given}/clips.safetensors --lr 0", "lr must be"),
     ("train-ae --data {given}/clips.safetensors --start {given}/nowhere", "no weights at"), ("train-ae --clips 0", "clips must be at least 1"), ("train-ae --clips 2000 --start {given}/nowhere", "no weights at"),
+    ("train-ae dcae_128_gan --data {given}/clips.safetensors", "name the weights of the first (--start RUN/model"), ("train-ae dcae_256 --data {given}/clips.safetensors", "lpips-vgg needs its weights"),
+    ("train-ae dcae_128 --lpips-weights {given}/ae --data {given}/clips.safetensors", "is not LPIPS on VGG16"), ("train-ae pocket_dcae --data {given}/clips.safetensors --adversarial-weight 0.1", "has no discriminator"),
+    ("train-ae --image-share 1.5 --data {given}/clips.safetensors", "image_share must be between 0 and 1"), ("train-ae --alignment-stage 3 --data {given}/clips.safetensors", "add --alignment-weight"),
     ("train --data {given}/nowhere --autoencoder {given}/ae", "no such training data"), ("train --data {given}/clips.safetensors --autoencoder {given}/nowhere", "no weights at"),
     ("train --data {given}/clips.safetensors --autoencoder {given}/ae --steps 0", "steps must be at least 1"), ("train --clips 2000 --autoencoder {given}/ae --start {given}/nowhere", "no weights at"),
     ("train --data {given}/odd.safetensors --autoencoder {given}/ae", "multiples of 8"),

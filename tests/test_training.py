@@ -1,6 +1,6 @@
 "The two trainings on a handful of clips, and the caches that they read: what a run leaves behind, what is used again, what is refused."
-import json
-from dataclasses import replace
+import json, signal, subprocess, sys, time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,9 @@ import torch
 from safetensors.numpy import save_file
 
 from opensora_nb.autoencoder import dc_ae
+from opensora_nb.autoencoder.alignment import AlignmentConfig
 from opensora_nb.autoencoder.dc_ae import VideoDCAE
+from opensora_nb.autoencoder.discriminator import AdversarialConfig, PatchDiscriminator3D
 from opensora_nb.autoencoder.losses import PerceptualLoss, ReconstructionLossConfig, reconstruction_loss
 from opensora_nb.cluster.checkpoint import checkpoints, load_checkpoint
 from opensora_nb.cluster.files import UserError
@@ -22,7 +24,7 @@ from opensora_nb.data.world import render, rgb_luma, world_truth
 from opensora_nb.mmdit import model as mmdit
 from opensora_nb.mmdit.model import MMDiT
 from opensora_nb.mmdit.text import TextEncoder, decorate
-from opensora_nb.training.autoencoder import AutoencoderRecipe, latent_scale, mean_psnr, to_video, train_autoencoder, window
+from opensora_nb.training.autoencoder import RECIPES, AutoencoderRecipe, latent_scale, mean_psnr, to_video, train_autoencoder, window
 from opensora_nb.training.diffusion import DiffusionRecipe, LatentCache, diffusion_loss, encode_cache, latent_cache, train_diffusion
 from opensora_nb.training.loop import LoopConfig, read_log
 
@@ -119,6 +121,117 @@ def test_windows_stay_inside_their_clip_and_are_mirrored_or_reversed_whole(clips
         assert len(found) == 1
         seen.add(found[0])
     assert {s for s, _, _ in seen} == set(range(6)) and {(m, r) for _, m, r in seen} == {(0, 0), (0, 1), (1, 0), (1, 1)}
+
+# ---- the two phases ----
+def test_the_recipes_are_the_reports():
+    for first, second, channels in (("dcae_128", "dcae_128_gan", 128), ("dcae_256", "dcae_256_gan", 256)):
+        a, b = RECIPES[first](), RECIPES[second]()
+        assert a.model.latent_channels == channels and (a.model.spatial_compression, a.model.temporal_compression) == (32, 4)
+        assert (a.loop.steps, b.loop.steps) == (250_000, 200_000) and a.adversarial is None and b.adversarial.weight == 0.05 and b.adversarial.start == 0
+        for recipe in (a, b):
+            assert (recipe.num_frames, recipe.size, recipe.loop.batch_size, recipe.images_per_clip) == (32, 256, 8, 1)                       # batch 1 on 8 GPUs
+            assert (recipe.loop.lr, recipe.loop.betas, recipe.loop.eps, recipe.loop.final_lr, recipe.loop.warmup) == (5e-5, (0.9, 0.999), 1e-15, 1.0, 0)
+            assert (recipe.loss.perceptual_weight, recipe.loss.perceptual_network, recipe.loss.perceptual_frames, recipe.loss.kl_weight) == (0.5, "lpips-vgg", 32, 0.0)
+            assert (recipe.image_share, recipe.loop.ema, recipe.loop.clip, recipe.loop.precision) == (0.2, 0.99, 1.0, "bf16")                 # these are the release's
+        assert (b.adversarial.lr, b.adversarial.betas, b.adversarial.eps, b.adversarial.loss, b.adversarial.cap) == (1e-4, (0.9, 0.999), 1e-15, "hinge", 1e4)
+        assert (b.adversarial.width, b.adversarial.layers) == (64, 5) and replace(b, loop=a.loop, adversarial=None, checkpointing=a.checkpointing) == a
+        with torch.device("meta"): assert sum(p.numel() for p in PatchDiscriminator3D(3, b.adversarial.width, b.adversarial.layers).parameters()) == 18_823_553
+
+def test_the_pocket_recipes_halve_once_more_or_add_the_adversary():
+    pocket, f16, gan = (RECIPES[name]() for name in ("pocket_dcae", "pocket_dcae_f16", "pocket_dcae_gan"))
+    assert (pocket.loop.steps, f16.loop.steps) == (5200, 3000) and (pocket.num_frames, pocket.size) == (12, 64)
+    shapes = [VideoDCAE(r.model).latent_shape(32, 64, 64) for r in (pocket, f16)]
+    assert shapes == [(16, 8, 8, 8), (64, 8, 4, 4)] and np.prod(shapes[0]) == np.prod(shapes[1])
+    assert replace(gan, adversarial=None, loop=pocket.loop) == pocket and gan.adversarial.weight == 0.05 and 2 ** gan.adversarial.layers <= 64
+
+GAN = replace(AE, loop=replace(LOOP, steps=12, save_every=4), adversarial=AdversarialConfig(lr=2e-3, eps=1e-8, width=4, layers=2, start=2))
+PROGRAM = f"""
+import sys, torch
+from dataclasses import replace
+from test_training import GAN, train_autoencoder, ClipCache
+torch.set_num_threads(1)
+clips = ClipCache.load(sys.argv[1])
+train_autoencoder(clips, clips, GAN, sys.argv[2], quiet=True)
+"""
+
+@pytest.fixture(scope="module")
+def second_phase(clips, tmp_path_factory):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run = tmp_path_factory.mktemp("runs") / "gan"
+    yield run, train_autoencoder(clips, clips, GAN, run, quiet=True)
+    torch.set_num_threads(threads)
+
+def test_the_second_phase_has_two_players_and_leaves_one_model(second_phase):
+    run, model = second_phase
+    log = is_a_run(run, 12, (8, 12), ["0000012.png"])
+    played = [v is not None for v in log["adaptive_weight"]]
+    assert played == [v is not None for v in log["discriminator_loss"]] == [False] * 2 + [True] * 10
+    for i in range(2, 12): assert log["loss"][i] == pytest.approx(log["l1"][i] + 0.05 * log["adaptive_weight"][i] * log["adversarial"][i], abs=1e-5) and log["adversarial_gradient"][i] > 0
+    assert log["loss"][:2] == log["l1"][:2]
+    _, state = load_checkpoint(checkpoints(run / "checkpoints")[-1])
+    fresh = PatchDiscriminator3D(3, 4, 2).state_dict()
+    assert state["rival"]["weights"].keys() == fresh.keys() and VideoDCAE.from_pretrained(run / "model").state_dict().keys() == model.state_dict().keys() == VideoDCAE(TINY_AE).state_dict().keys()
+    assert json.loads((run / "config.json").read_text())["adversarial"] == json.loads(json.dumps(asdict(GAN.adversarial)))
+
+@pytest.mark.slow
+def test_a_second_phase_that_is_killed_ends_like_one_that_was_not(clips, second_phase, tmp_path):
+    clips.save(tmp_path / "clips.safetensors")
+    (tmp_path / "program.py").write_text(PROGRAM)
+    run, end = tmp_path / "run", time.monotonic() + 200
+    p = subprocess.Popen([sys.executable, tmp_path / "program.py", tmp_path / "clips.safetensors", run], stderr=subprocess.PIPE, text=True, env=dict(__import__("os").environ, PYTHONPATH=str(Path(__file__).parent)))
+    while not checkpoints(run / "checkpoints"):
+        assert p.poll() is None and time.monotonic() < end, p.stderr.read()
+        time.sleep(0.005)
+    p.send_signal(signal.SIGKILL)
+    assert p.wait(60) == -signal.SIGKILL and not (run / "model").exists()
+    again = train_autoencoder(clips, clips, GAN, run, quiet=True)
+    log, straight = read_log(run), read_log(second_phase[0])
+    assert log["step"] == list(range(1, 13)) and log.keys() == straight.keys()
+    for k in log.keys() - {"seconds"}: assert np.allclose(np.array(log[k], float), np.array(straight[k], float), rtol=1e-6, atol=1e-6, equal_nan=True), k
+    for a, b in zip(again.state_dict().values(), second_phase[1].state_dict().values()): assert torch.allclose(a, b, rtol=1e-6, atol=1e-6)
+
+@pytest.mark.slow
+def test_a_discriminator_that_wins_stops_the_run_and_the_last_checkpoint_stays(clips, tmp_path):
+    hard = replace(GAN, loop=replace(GAN.loop, steps=200, lr=1e-12, save_every=5, warmup=0), image_share=0.0, adversarial=AdversarialConfig(lr=5e-3, betas=(0.5, 0.9), eps=1e-8, width=16, layers=2, patience=6))
+    line = error(lambda: train_autoencoder(clips, clips, hard, tmp_path / "run", quiet=True), "the discriminator has taught nothing for 6 steps", "it has won", "the last checkpoint is from before")
+    log, kept = read_log(tmp_path / "run"), checkpoints(tmp_path / "run/checkpoints")
+    last = log["step"][-1]
+    assert f"stopped at step {last}" in line and last < 200 and [s for s, w in zip(log["step"], log["warning"]) if w][-2:] == [last - 5, last] and not (tmp_path / "run/model").exists()
+    assert kept and int(kept[-1].name[5:]) < last - 4 and all(v < 0.01 for v in log["discriminator_loss"][-6:])
+
+def test_a_discriminator_too_deep_for_the_clips_is_one_line(clips, tmp_path):
+    error(lambda: train_autoencoder(clips, clips, replace(GAN, adversarial=AdversarialConfig(layers=6)), tmp_path / "run", quiet=True), "32 x 32", "6 layers")
+    assert not (tmp_path / "run").exists()
+
+def test_recomputing_blocks_changes_no_number(clips, tmp_path):
+    short = replace(GAN, loop=replace(LOOP, steps=3, save_every=3), adversarial=replace(GAN.adversarial, start=0))
+    for name, on in (("plain", False), ("again", True)): train_autoencoder(clips, clips, replace(short, checkpointing=on), tmp_path / name, quiet=True)
+    a, b = read_log(tmp_path / "plain"), read_log(tmp_path / "again")
+    assert all(np.allclose(a[k], b[k], rtol=1e-5) for k in a.keys() - {"seconds"})
+
+def test_latent_distillation_trains_its_projection_and_saves_it_beside_the_weights(clips, autoencoder, tmp_path):
+    aligned = replace(AE, loop=replace(LOOP, steps=6, save_every=3), alignment=AlignmentConfig(weight=0.5, stage=3), image_share=0.0)
+    model = train_autoencoder(clips, clips, aligned, tmp_path / "run", start=autoencoder[0] / "model", quiet=True)
+    log = read_log(tmp_path / "run")
+    assert all(l == pytest.approx(a + 0.5 * d, abs=1e-5) for l, a, d in zip(log["loss"], log["l1"], log["alignment"])) and log["similarity"][-1] > log["similarity"][0]
+    first, last = (load_checkpoint(p)[1]["helper"] for p in checkpoints(tmp_path / "run/checkpoints"))
+    assert first.keys() == {"projection.weight", "projection.bias"} and not torch.equal(first["projection.weight"], last["projection.weight"])
+    assert model.state_dict().keys() == VideoDCAE(TINY_AE).state_dict().keys()
+
+def test_what_the_model_cannot_be_charged_for_is_one_line(clips, tmp_path):
+    error(lambda: train_autoencoder(clips, clips, replace(AE, loss=ReconstructionLossConfig(0.0, kl_weight=1e-3)), tmp_path / "run", quiet=True), "kl_weight", "has none")
+    error(lambda: train_autoencoder(clips, clips, replace(AE, loss=ReconstructionLossConfig(perceptual_network="lpips-vgg")), tmp_path / "run", quiet=True), "lpips-vgg needs its weights")
+    with pytest.raises(ValueError, match="choose one"): replace(AE, loss=ReconstructionLossConfig(0.0, kl_weight=1e-3), alignment=AlignmentConfig(weight=1.0))
+    assert not (tmp_path / "run").exists()
+
+@torch.no_grad()
+def test_weights_that_are_no_numbers_stop_the_first_step(clips, autoencoder, tmp_path):
+    bad = VideoDCAE.from_pretrained(autoencoder[0] / "model")
+    bad.last_layer[0] = float("nan")
+    bad.save_pretrained(tmp_path / "bad")
+    with torch.enable_grad(): error(lambda: train_autoencoder(clips, clips, AE, tmp_path / "run", start=tmp_path / "bad", quiet=True), "not finite at step 1")
+    assert not checkpoints(tmp_path / "run/checkpoints") and not (tmp_path / "run/model").exists()
 
 @pytest.mark.parametrize("change, words", [(dict(num_frames=9), ("8 frames", "9")), (dict(images_per_clip=9), ("8 frames", "9"))], ids=str)
 def test_clips_too_short_for_the_recipe_are_one_line_and_start_no_run(clips, tmp_path, change, words):

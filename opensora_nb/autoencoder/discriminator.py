@@ -123,11 +123,11 @@ class Adversary:
 class CollapseWatch:
     """Call it with each step's values; it returns a line when the discriminator has not taught for a tenth of `patience` steps, and again, with `over` set, when for all of them.
 
-    Looks at `discriminator_loss` (stuck at 0; not for the loss that has no lower end), `discriminator_logits_spread` (constant logits) and `adversarial_gradient` (vanished at the decoder).
+    Looks at `discriminator_loss` (stuck below a hundredth of an undecided one's; not for the loss that has no lower end), `discriminator_logits_spread` (constant logits) and `adversarial_gradient` (vanished at the decoder).
     """
     def __init__(self, cfg: AdversarialConfig):
         self.patience, self.warn = cfg.patience, max(1, cfg.patience // 10)
-        self.signs = dict(discriminator_loss=(1e-4, "its loss is 0: it has won"), discriminator_logits_spread=(1e-4, "it says the same of every patch: it has died"),
+        self.signs = dict(discriminator_loss=(0.01, "its loss is next to 0: it has won"), discriminator_logits_spread=(1e-4, "it says the same of every patch: it has died"),
                           adversarial_gradient=(1e-7, "its gradient at the decoder has vanished: it has died"))      # a thousandth of what the adaptive weight adds
         if cfg.loss == "wgan": del self.signs["discriminator_loss"]
         self.counts, self.over = dict.fromkeys(self.signs, 0), False
