@@ -190,6 +190,7 @@ def _check(model: nn.Module, cache: ClipCache, recipe: AutoencoderRecipe) -> Non
     if recipe.loss.kl_weight and not hasattr(model, "posterior"): raise UserError("kl_weight needs an autoencoder with a posterior, the Video DC-AE has none: set it to 0")
     if recipe.adversarial and min(H, W) < 2 ** recipe.adversarial.layers: raise UserError(f"clips of {H} x {W} pixels are too small for a discriminator of {recipe.adversarial.layers} layers: give it fewer")
 
+# %% ../../nbs/training/01_autoencoder.ipynb #d3952d83
 def train_autoencoder(cache: ClipCache, held_out: ClipCache, recipe: AutoencoderRecipe, run: str | Path, start: str | Path | None = None, quiet: bool = False,
                       device: torch.device | str | None = None) -> nn.Module:
     """Trains on a cache and returns the model with averaged weights and its scaling factor measured; also written to `run/model/`.
@@ -224,6 +225,7 @@ def _rival(adversary: Adversary | None, device: torch.device) -> Rival | None:
     cfg, net = adversary.cfg, adversary.net.to(device, memory_format=torch.channels_last_3d)
     return Rival(net, adversary.loss, cfg.lr, cfg.betas, cfg.eps, plays=cfg.plays, watch=CollapseWatch(cfg))
 
+# %% ../../nbs/training/01_autoencoder.ipynb #f0172d56
 def _about(cache: ClipCache, held_out: ClipCache, recipe: AutoencoderRecipe, model: nn.Module) -> dict:
     optional = lambda cfg: cfg and asdict(cfg)
     return dict(recipe="autoencoder", data=cache.origin, held_out=held_out.origin, model=asdict(model.cfg), loss=asdict(recipe.loss), adversarial=optional(recipe.adversarial), alignment=optional(recipe.alignment),
