@@ -1,0 +1,124 @@
+"`optimize` and what it exchanges: the same numbers, the same gradients, the same parameters, for every geometry that the autoencoders have."
+import copy
+import pytest, torch, torch.nn as nn
+import torch.nn.functional as F
+from opensora_nb.autoencoder import speed
+from opensora_nb.autoencoder.dc_ae import Conv3d, Depthwise, Up, VideoDCAE, VideoDCAEConfig
+from opensora_nb.autoencoder.speed import FastConv3d, FoldedUp, convolution, doubled_convolution, optimize, parity_weights
+WIDE = VideoDCAEConfig(8, ("ResBlock", "ResBlock", "EViTS5_GLU"), (64, 64, 64), (1, 1, 1), (64, 64, 64), (1, 1, 1), (True, False, False), (True, False, False))
+
+def near(a, b, share=2e-5):
+    assert a.shape == b.shape
+    assert (a - b).abs().max() <= share * b.abs().max(), float((a - b).abs().max() / b.abs().max())
+
+def gradients(y, weigh, wrt): return torch.autograd.grad((y * weigh).sum(), wrt)
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    "Exchanged ways are taken whatever they gain."
+    monkeypatch.setattr(speed, "LEAST_CHANNELS", 1); monkeypatch.setattr(speed, "LEAST_POSITIONS", 1); monkeypatch.setattr(FoldedUp, "least", 1)
+
+def model(seed=0):
+    torch.manual_seed(seed)
+    m = VideoDCAE(WIDE)
+    for name, p in m.named_parameters():
+        if name.endswith("norm.weight"): nn.init.ones_(p)
+    return m
+
+@pytest.mark.parametrize("frames", [2, 3, 4, 7, 8])
+@pytest.mark.parametrize("kernel, stride, padding", [((3, 3, 3), (1, 1, 1), (1, 1, 1)), ((3, 3, 3), (1, 2, 2), (1, 1, 1)), ((3, 2, 2), (1, 1, 1), (1, 1, 1)), ((3, 3, 3), (1, 1, 1), (0, 0, 0)), ((3, 1, 1), (1, 1, 1), (1, 0, 0))])
+@pytest.mark.parametrize("bias", [True, False])
+def test_winograd_over_time_is_the_convolution_forward_and_backward(everywhere, frames, kernel, stride, padding, bias):
+    if padding[0] == 0 and frames < 4: pytest.skip("a bare convolution of two or three frames has one frame or none")
+    g = torch.Generator().manual_seed(frames)
+    x, w = torch.randn(2, 5, frames, 6, 7, generator=g, requires_grad=True), (torch.randn(4, 5, *kernel, generator=g) / 10).requires_grad_()
+    b = torch.randn(4, generator=g, requires_grad=True) if bias else None
+    ours, plain = convolution(x, w, b, padding, stride), F.conv3d(x, w, b, stride, padding)
+    assert type(ours.grad_fn).__name__ == "_TimeWinogradBackward"
+    near(ours, plain)
+    weigh, wrt = torch.randn(plain.shape, generator=g), [t for t in (x, w, b) if t is not None]
+    for a, c in zip(gradients(ours, weigh, wrt), gradients(plain, weigh, wrt)): near(a, c)
+
+def test_only_what_needs_a_gradient_gets_one(everywhere):
+    x, w = torch.randn(1, 4, 4, 5, 5), torch.randn(4, 4, 3, 3, 3, requires_grad=True)
+    convolution(x, w, None, (1, 1, 1)).sum().backward()
+    assert w.grad is not None and x.grad is None
+    x.requires_grad_(); w = w.detach()
+    convolution(x, w, None, (1, 1, 1)).sum().backward()
+    assert x.grad is not None
+
+@pytest.mark.parametrize("temporal", [True, False])
+@pytest.mark.parametrize("size", [(1, 1, 1), (1, 4, 3), (3, 2, 5)])
+def test_folded_upsampling_is_doubling_and_convolving_forward_and_backward(everywhere, temporal, size):
+    g = torch.Generator().manual_seed(0)
+    x, w, b = torch.randn(2, 6, *size, generator=g, requires_grad=True), (torch.randn(4, 6, 3, 3, 3, generator=g) / 10).requires_grad_(), torch.randn(4, generator=g, requires_grad=True)
+    ours, plain = doubled_convolution(x, w, b, temporal), F.conv3d(F.interpolate(x, scale_factor=(2 if temporal else 1, 2, 2)), w, b, padding=1)
+    near(ours, plain)
+    weigh = torch.randn(plain.shape, generator=g)
+    for a, c in zip(gradients(ours, weigh, (x, w, b)), gradients(plain, weigh, (x, w, b))): near(a, c)
+
+def test_the_folded_weights_of_a_parity_add_up_to_all_weights():
+    w = torch.randn(3, 2, 3, 3, 3)
+    for temporal, shape in ((True, (2, 2, 2, 3, 2, 2, 2, 2)), (False, (1, 2, 2, 3, 3, 2, 2, 2))):
+        k = parity_weights(w, temporal)
+        assert k.shape == shape
+        near(k.sum((4, 5, 6)), w.sum((2, 3, 4)).expand(*shape[:3], 3, 2), 1e-5)
+
+@pytest.mark.parametrize("T", [1, 2, 8])
+def test_an_optimized_autoencoder_gives_the_same_numbers_and_gradients(everywhere, T):
+    plain, video = model(), torch.randn(1, 3, T, 16, 12, generator=torch.Generator().manual_seed(1))
+    fast = optimize(copy.deepcopy(plain))
+    assert sum(isinstance(m, FoldedUp) for m in fast.modules()) == 2 and any(isinstance(m, FastConv3d) for m in fast.modules())
+    with torch.no_grad():
+        near(fast.encode(video), latent := plain.encode(video), 1e-4)
+        near(fast.decode(latent, T), plain.decode(latent, T), 1e-4)
+    for m in (plain, fast): m(video).square().mean().backward()
+    largest = max(p.grad.abs().max() for p in plain.parameters() if p.grad is not None)
+    for (name, p), (other, q) in zip(plain.named_parameters(), fast.named_parameters()):
+        assert name == other and (p.grad is None) == (q.grad is None)
+        if p.grad is not None: assert (p.grad - q.grad).abs().max() < 1e-3 * largest, name
+
+def test_parameters_names_and_the_optimizer_that_holds_them_stay():
+    m = model()
+    before, names = {id(p) for p in m.parameters()}, list(m.state_dict())
+    optimizer = torch.optim.SGD(m.parameters(), 0.1)
+    assert optimize(m) is m and {id(p) for p in m.parameters()} == before and list(m.state_dict()) == names
+    weight = m.decoder.stages[0].op_list[0].main["conv"].conv.weight
+    was = weight.detach().clone()
+    m(torch.randn(1, 3, 4, 8, 8)).square().mean().backward(); optimizer.step()
+    assert not torch.equal(weight, was)
+
+def test_optimizing_twice_or_after_loading_is_harmless():
+    m = optimize(model(0))
+    kinds = [type(x) for x in m.modules()]
+    assert [type(x) for x in optimize(m).modules()] == kinds
+    m.load_state_dict(model(1).state_dict())
+    video = torch.randn(1, 3, 4, 8, 8)
+    with torch.no_grad(): near(m(video), model(1)(video), 1e-4)
+
+def test_depthwise_grouped_strided_in_time_and_foreign_layers_are_left_alone():
+    class Mine(nn.Conv3d): pass
+    net = nn.Sequential(Depthwise(8, 3), nn.Conv3d(8, 8, 1), nn.Conv3d(8, 8, 3, padding=1, groups=2), Mine(8, 8, 3, padding=1), nn.Conv3d(8, 8, 3, padding=1, padding_mode="replicate"), nn.Conv3d(8, 8, 3, padding=1), Conv3d(8, 8, 3, 2, 1))
+    kinds = [type(m) for m in optimize(copy.deepcopy(net))]
+    assert kinds[:5] == [type(m) for m in net][:5] and kinds[5:] == [FastConv3d, FastConv3d]
+    x = torch.randn(1, 8, 4, 6, 6)
+    with torch.no_grad(): near(optimize(copy.deepcopy(net))(x), net(x))
+
+def test_recomputing_blocks_goes_on_working(everywhere):
+    m, video = optimize(model()), torch.randn(1, 3, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    m(video).square().mean().backward()
+    expected = [p.grad.clone() for p in m.parameters() if p.grad is not None]
+    m.zero_grad(set_to_none=True); m.checkpoint_blocks(True)
+    m(video).square().mean().backward()
+    for a, p in zip(expected, (p for p in m.parameters() if p.grad is not None)): near(p.grad, a, 1e-4)
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_types_take_the_ordinary_convolution_and_the_folded_upsampling(everywhere, dtype):
+    m = model().to(dtype)
+    fast, video = optimize(copy.deepcopy(m)), torch.randn(1, 3, 4, 8, 8, dtype=dtype)
+    with torch.no_grad(): near(fast(video), m(video), 5e-2 if dtype == torch.bfloat16 else 1e-5)
+
+def test_autocast_is_obeyed(everywhere):
+    fast, video = optimize(model()), torch.randn(1, 3, 4, 8, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): assert fast.decoder.stages[0].op_list[0].main["conv"](torch.randn(1, 64, 2, 4, 4)).dtype == torch.bfloat16
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): near(fast(video).float(), model()(video).float(), 5e-2)
