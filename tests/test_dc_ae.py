@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
-from opensora_nb.autoencoder.dc_ae import VideoDCAE, VideoDCAEConfig, dc_ae_256, pocket, shortcut_down, shortcut_up
+from opensora_nb.autoencoder.dc_ae import ChannelRMSNorm, Conv3d, VideoDCAE, VideoDCAEConfig, dc_ae_256, pocket, shortcut_down, shortcut_up
 from opensora_nb.cluster.files import UserError
 
 CONVS = VideoDCAEConfig(4, ("ResBlock",) * 3, (8, 8, 16), (1, 1, 1), (8, 8, 16), (1, 1, 1), (True, True, False), (True, True, False))    # 4 x 4 x 4
@@ -115,10 +115,35 @@ def test_shortcuts_conserve_the_mean_and_up_then_down_is_the_identity(t, h, w, f
     assert torch.allclose(shortcut_down(up, 8, factors), small, atol=1e-6)
 
 
+# ---- the convolution ----
+@pytest.mark.parametrize("batch, kernel, stride", [(1, 3, 1), (1, 3, 2), (1, 3, (1, 2, 2)), (2, 3, 1), (1, 1, 1)])
+def test_the_convolution_is_pytorchs(batch, kernel, stride):
+    ours = Conv3d(4, 8, kernel, stride, kernel // 2)
+    theirs = torch.nn.Conv3d(4, 8, kernel, stride, kernel // 2)
+    theirs.load_state_dict(ours.state_dict())
+    x = video(batch, 4, 4, 8, 8).requires_grad_()
+    for layout in (torch.contiguous_format, torch.channels_last_3d):
+        grads = []
+        for conv in (ours, theirs):
+            y = conv(x.contiguous(memory_format=layout))
+            grads.append((y, *torch.autograd.grad(y.square().sum(), [x, *conv.parameters()])))
+        for a, b in zip(*grads): assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16): assert ours(x).dtype == torch.bfloat16
+    assert ours.to(torch.float64)(x.double()).dtype == torch.float64
+
+@torch.no_grad()
+def test_the_norm_leaves_its_input_alone():
+    norm, x = ChannelRMSNorm(4), video(1, 4, 2, 4, 4)
+    kept = x.clone()
+    with torch.enable_grad(): trained = norm(x)
+    assert torch.equal(norm(x), trained) and torch.equal(x, kept)
+
+
 # ---- configs ----
 @pytest.mark.parametrize("change, words", [
     (dict(enc_depth=(1, 1)), "one entry a stage"), (dict(block_type=("ResBlock", "ResBlock", "Resblock")), "unknown block type"),
     (dict(enc_width=(8, 8, 80)), "the shortcut from 8 to 80"), (dict(dec_width=(8, 12, 20)), "the shortcut from"),
+    (dict(latent_channels=3), "latent_channels to divide 16, got 3"), (dict(latent_channels=0), "latent_channels"), (dict(latent_channels=32), "got 32"),
     (dict(temporal_upsample=(True, False, False)), "a different number of times"), (dict(scaling_factor=0.0), "scaling_factor"), (dict(scaling_factor=float("nan")), "scaling_factor")])
 def test_a_config_that_cannot_be_built_says_why(change, words):
     with pytest.raises(ValueError, match=words): replace(CONVS, **change)

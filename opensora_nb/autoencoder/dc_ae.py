@@ -45,9 +45,9 @@ class ChannelRMSNorm(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.full((channels,), start)), nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        scale = torch.rsqrt(x.float().square().mean(1, keepdim=True) + 1e-5)
-        shape = (1, -1, 1, 1, 1)
-        return x * scale.to(x.dtype) * self.weight.to(x.dtype).view(shape) + self.bias.to(x.dtype).view(shape)
+        unit = x * torch.rsqrt(x.float().square().mean(1, keepdim=True) + 1e-5).to(x.dtype)
+        weight, bias = (p.to(x.dtype).view(1, -1, 1, 1, 1) for p in (self.weight, self.bias))
+        return torch.addcmul(bias, unit, weight, out=None if torch.is_grad_enabled() else unit)       # bias + unit * weight; in place where nobody will ask for it again
 
 class Conv3d(nn.Conv3d):
     "The convolution, on a CPU always by oneDNN. For a single small clip PyTorch would take another routine, several times slower; its backward pass is PyTorch's choice."
@@ -122,7 +122,7 @@ class LiteMLA(nn.Module):
         qkv = self.qkv(x)
         scales = torch.cat([qkv, *(scale(qkv) for scale in self.aggreg)], 1)
         q, k, v = rearrange(scales, "b (n three d) t h w -> three b n d (t h w)", three=3, d=self.head)
-        with torch.autocast(x.device.type, enabled=False):                                       # sums over thousands of positions: float32
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):                                       # sums over thousands of positions: float32
             out = relu_linear_attention(q, k, v)
         return self.proj(rearrange(out, "b n d (t h w) -> b (n d) t h w", t=x.shape[2], h=x.shape[3]).to(qkv.dtype))
 
@@ -217,6 +217,8 @@ class VideoDCAEConfig:
         for widths, times in ((self.enc_width, self.temporal_downsample), (self.dec_width, self.temporal_upsample)):
             for a, b, t in zip(widths, widths[1:], times):
                 if a * (8 if t else 4) % b or b > a * (8 if t else 4): raise ValueError(f"the shortcut from {a} to {b} channels needs {b} to divide {a * (8 if t else 4)}")
+        for width in (self.enc_width[-1], self.dec_width[-1]):
+            if self.latent_channels < 1 or width % self.latent_channels: raise ValueError(f"the shortcut between {width} channels and the latent needs latent_channels to divide {width}, got {self.latent_channels}")
         if sum(self.temporal_downsample) != sum(self.temporal_upsample): raise ValueError("time is halved and doubled a different number of times")
         if self.scaling_factor is not None and not 0 < self.scaling_factor < float("inf"): raise ValueError(f"scaling_factor must be a number above 0, got {self.scaling_factor}")
 
