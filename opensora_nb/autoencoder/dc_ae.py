@@ -16,8 +16,7 @@ import torch, torch.nn as nn, torch.nn.functional as F
 from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 from .tiling import Tiling, check_size, check_video, tiled_decode, tiled_encode
-from ..cluster.files import UserError
-from ..cluster.weights import find_weights, read_config, read_shapes, read_weights, save_weights
+from ..cluster.weights import load_model, save_weights
 
 # %% ../../nbs/autoencoder/01_dc_ae.ipynb #1d5ac988
 def _factors(temporal: bool) -> tuple[int, int, int]: return (2 if temporal else 1, 2, 2)
@@ -272,19 +271,6 @@ class Decoder(nn.Module):
         for stage in reversed(self.stages): x = stage(x, image)
         return self.project_out(x)
 
-# %% ../../nbs/autoencoder/01_dc_ae.ipynb #29cf0b53
-def _loaded(cls: type[nn.Module], path_or_repo: str | Path, cfg: VideoDCAEConfig | None) -> nn.Module:
-    path = find_weights(path_or_repo, prefer=("model.safetensors", "F32T4C128_AE.safetensors"))
-    try:
-        if cfg is None: cfg = VideoDCAEConfig(**(read_config(path, needs="enc_width") or {}))
-        with torch.device("meta"): model = cls(cfg)
-    except (TypeError, ValueError) as e: raise UserError(f"{path.with_name('config.json')} does not describe an autoencoder: {e}") from e
-    wanted, there = {k: tuple(v.shape) for k, v in model.state_dict().items()}, read_shapes(path)
-    if wrong := sorted(k for k in wanted.keys() | there.keys() if wanted.get(k) != there.get(k)):
-        raise UserError(f"{path.name} does not fit this autoencoder: {len(wrong)} names or shapes differ, first {wrong[0]} ({there.get(wrong[0])}, not {wanted.get(wrong[0])})")
-    model.load_state_dict(read_weights(path, torch.float32), strict=True, assign=True)
-    return model.eval()
-
 # %% ../../nbs/autoencoder/01_dc_ae.ipynb #ccd98434
 def filled_up(video: torch.Tensor, cfg: VideoDCAEConfig) -> torch.Tensor:
     "The video, checked, its last frame repeated until its length divides; 1 and 2 frames pass as they are."
@@ -362,7 +348,7 @@ class VideoDCAE(ForTraining):
         cfg: needed only where no `config.json` lies beside the weights and they are not the published model's. Every name must fit (strict).
         Raises UserError in one line where nothing is found or the weights are another model's.
         """
-        return _loaded(cls, path_or_repo, cfg)
+        return load_model(cls, path_or_repo, cfg, lambda values: VideoDCAEConfig(**values), needs="enc_width", published="F32T4C128_AE.safetensors", what="autoencoder")
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         "Writes model.safetensors and config.json, each whole or not at all; returns the weight file."
