@@ -39,6 +39,17 @@ def test_winograd_over_time_is_the_convolution_forward_and_backward(everywhere, 
     weigh, wrt = torch.randn(plain.shape, generator=g), [t for t in (x, w, b) if t is not None]
     for a, c in zip(gradients(ours, weigh, wrt), gradients(plain, weigh, wrt)): near(a, c)
 
+@pytest.mark.parametrize("frames", [5, 8, 13])
+def test_a_large_clip_goes_through_in_stretches_and_nothing_changes(everywhere, monkeypatch, frames):
+    x, w, b = torch.randn(2, 3, frames, 5, 4, requires_grad=True), torch.randn(4, 3, 3, 3, 3, requires_grad=True), torch.randn(4, requires_grad=True)
+    whole = convolution(x, w, b, (1, 1, 1))
+    weigh = torch.randn_like(whole)
+    wanted = gradients(whole, weigh, (x, w, b))
+    monkeypatch.setattr(speed, "_stretches", lambda x, pairs: [(k, min(k + 2, pairs)) for k in range(0, pairs, 2)])
+    pieces = convolution(x, w, b, (1, 1, 1))
+    near(pieces, whole, 1e-6)
+    for a, c in zip(gradients(pieces, weigh, (x, w, b)), wanted): near(a, c, 1e-5)
+
 def test_only_what_needs_a_gradient_gets_one(everywhere):
     x, w = torch.randn(1, 4, 4, 5, 5), torch.randn(4, 4, 3, 3, 3, requires_grad=True)
     convolution(x, w, None, (1, 1, 1)).sum().backward()

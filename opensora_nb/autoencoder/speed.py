@@ -72,55 +72,66 @@ class FoldedUp(Up):
         return torch.add(y, shortcut_up(x, self.c_out, (2 if temporal else 1, 2, 2)), out=None if torch.is_grad_enabled() else y)
 
 # %% ../../nbs/autoencoder/08_speed.ipynb #c1775663
-def _by_frame(x: torch.Tensor, pad: int, pairs: int) -> torch.Tensor:
-    "`(B, C, T, H, W)` as frames `(B, 2 pairs + 2, H, W, C)`: `pad` empty ones in front, and behind what is missing."
-    missing = 2 * pairs + 2 - pad - x.shape[2]
-    if pad or missing: x = F.pad(x, (0, 0, 0, 0, pad, missing))
-    return x.permute(0, 2, 3, 4, 1)
+def _stretches(x: torch.Tensor, pairs: int) -> list[tuple[int, int]]:
+    "Pairs of output frames, first and last + 1, in pieces that a processor's cache holds."
+    n = max(1, 2**20 // x[:, :, 0].numel())
+    return [(k, min(k + n, pairs)) for k in range(0, pairs, n)]
 
-def _picture(frames: torch.Tensor) -> torch.Tensor: return frames.flatten(0, 1).permute(0, 3, 1, 2)       # (B, n, H, W, C) to (B n, C, H, W), channels last
+def _frames(x: torch.Tensor, pad: int, first: int, last: int) -> torch.Tensor:
+    "The input frames of output pairs `first` to `last`, `(B, 2 (last - first) + 2, H, W, C)`; there are `pad` empty frames in front of x and as many as needed behind it."
+    start, stop = 2 * first - pad, 2 * last + 2 - pad
+    part = x[:, :, max(start, 0) : stop]
+    if part.shape[2] < stop - start: part = F.pad(part, (0, 0, 0, 0, max(-start, 0), stop - start - part.shape[2] - max(-start, 0)))
+    return part.permute(0, 2, 3, 4, 1)
 
-def _frames_transformed(d: torch.Tensor, pairs: int) -> list[torch.Tensor]:
-    d0, d1, d2, d3 = (d[:, k : k + 2 * pairs : 2] for k in range(4))
-    return [_picture(x) for x in (d0 - d2, d1 + d2, d2 - d1, d1 - d3)]
+def _pictures(frames: torch.Tensor) -> torch.Tensor: return frames.flatten(0, 1).permute(0, 3, 1, 2)       # (B, n, H, W, C) to (B n, C, H, W), channels last
+
+def _frames_transformed(d: torch.Tensor) -> list[torch.Tensor]:
+    d0, d1, d2, d3 = (d[:, k : d.shape[1] - 2 + k : 2] for k in range(4))
+    return [_pictures(x) for x in (d0 - d2, d1 + d2, d2 - d1, d1 - d3)]
 
 def _weights_transformed(weight: torch.Tensor) -> list[torch.Tensor]:
     g0, g1, g2 = weight.unbind(2)
     even, odd = (g0 + g2) / 2, g1 / 2
     return [g0, even + odd, even - odd, g2]
 
+# %% ../../nbs/autoencoder/08_speed.ipynb #77d52c01
 class _TimeWinograd(torch.autograd.Function):
     "3 x k x k convolution, stride 1 in time, with four two-dimensional convolutions for two frames."
     @staticmethod
     def forward(ctx, x, weight, bias, stride, padding):
         ctx.save_for_backward(x, weight)
-        ctx.geometry, ctx.biased, (B, _, T, _, _) = (stride[1:], padding), bias is not None, x.shape
-        out_frames = T + 2 * padding[0] - 2
-        pairs = -(-out_frames // 2)
-        m = [F.conv2d(d, g, None, stride[1:], padding[1:]) for d, g in zip(_frames_transformed(_by_frame(x, padding[0], pairs), pairs), _weights_transformed(weight))]
-        m = [x.permute(0, 2, 3, 1).unflatten(0, (B, pairs)) for x in m]
-        if bias is not None: m[0] += bias; m[3] -= bias
-        y = x.new_empty(B, pairs, 2, *m[0].shape[2:])
-        torch.add(m[0], m[1] + m[2], out=y[:, :, 0]); torch.sub(m[1] - m[2], m[3], out=y[:, :, 1])
-        return y.flatten(1, 2)[:, :out_frames].permute(0, 4, 1, 2, 3)
+        ctx.stride, ctx.padding, ctx.biased = stride[1:], padding, bias is not None
+        frames, kernels, y = x.shape[2] + 2 * padding[0] - 2, _weights_transformed(weight), None
+        for first, last in _stretches(x, -(-frames // 2)):
+            m = [F.conv2d(d, g, None, ctx.stride, padding[1:]) for d, g in zip(_frames_transformed(_frames(x, padding[0], first, last)), kernels)]
+            m = [v.permute(0, 2, 3, 1).unflatten(0, (len(x), -1)) for v in m]
+            if bias is not None: m[0] += bias; m[3] -= bias
+            if y is None: y = x.new_empty(len(x), -(-frames // 2), 2, *m[0].shape[2:])
+            torch.add(m[0], m[1] + m[2], out=y[:, first:last, 0]); torch.sub(m[1] - m[2], m[3], out=y[:, first:last, 1])
+        return y.flatten(1, 2)[:, :frames].permute(0, 4, 1, 2, 3)
 
     @staticmethod
     def backward(ctx, grad):
-        (x, weight), (stride, padding) = ctx.saved_tensors, ctx.geometry
-        B, pairs, needs = x.shape[0], -(-grad.shape[2] // 2), [*ctx.needs_input_grad[:2], False]
+        x, weight = ctx.saved_tensors
+        pad, kernels, needs = ctx.padding[0], _weights_transformed(weight), [*ctx.needs_input_grad[:2], False]
+        pairs = -(-grad.shape[2] // 2)
+        frames = x.new_zeros(len(x), 2 * pairs + 2, *x.shape[3:], x.shape[1]) if needs[0] else None             # gradient of the padded frames, channels last
+        weights = [0.0] * 4
+        for first, last in _stretches(x, pairs):
+            g = _frames(grad, 0, first, last)[:, : 2 * (last - first)]
+            e, o = g[:, 0::2], g[:, 1::2]
+            products = zip((e, e + o, e - o, -o), _frames_transformed(_frames(x, pad, first, last)), kernels)
+            found = [torch.ops.aten.convolution_backward(_pictures(v.contiguous()), d, k, None, ctx.stride, ctx.padding[1:], (1, 1), False, (0, 0), 1, needs)[:2] for v, d, k in products]
+            if needs[0]: _add_frames(frames[:, 2 * first : 2 * last + 2], [f[0].permute(0, 2, 3, 1).unflatten(0, (len(x), -1)) for f in found])
+            if needs[1]: weights = [w + f[1] for w, f in zip(weights, found)]
         biased = grad.sum((0, 2, 3, 4)) if ctx.biased else None
-        grad = F.pad(grad, (0, 0, 0, 0, 0, 2 * pairs - grad.shape[2])).permute(0, 2, 3, 4, 1)
-        e, o = grad[:, 0::2], grad[:, 1::2]
-        products = zip((e, e + o, e - o, -o), _frames_transformed(d := _by_frame(x, padding[0], pairs), pairs), _weights_transformed(weight))
-        found = [torch.ops.aten.convolution_backward(_picture(g.contiguous()), a, b, None, stride, padding[1:], (1, 1), False, (0, 0), 1, needs)[:2] for g, a, b in products]
-        return _frames_back([f[0] for f in found], d, B, padding[0], x.shape[2]) if needs[0] else None, _weights_back([f[1] for f in found]) if needs[1] else None, biased, None, None
+        return frames[:, pad : pad + x.shape[2]].permute(0, 4, 1, 2, 3) if needs[0] else None, _weights_back(weights) if needs[1] else None, biased, None, None
 
-def _frames_back(m: list[torch.Tensor], d: torch.Tensor, B: int, pad: int, T: int) -> torch.Tensor:
-    "Gradients of the four transformed frames to the gradient of the frames."
-    m = [x.permute(0, 2, 3, 1).unflatten(0, (B, -1)) for x in m]
-    grad, end = torch.zeros_like(d, memory_format=torch.contiguous_format), 2 * m[0].shape[1]
+def _add_frames(grad: torch.Tensor, m: list[torch.Tensor]) -> None:
+    "Adds to the gradient of frames what comes from the gradients of the four transformed ones."
+    end = grad.shape[1] - 2
     grad[:, 0:end:2] += m[0]; grad[:, 1 : end + 1 : 2] += m[1] - m[2] + m[3]; grad[:, 2 : end + 2 : 2] += m[1] + m[2] - m[0]; grad[:, 3 : end + 3 : 2] -= m[3]
-    return grad[:, pad : pad + T].permute(0, 4, 1, 2, 3)
 
 def _weights_back(m: list[torch.Tensor]) -> torch.Tensor:
     even, odd = (m[1] + m[2]) / 2, (m[1] - m[2]) / 2
