@@ -4,7 +4,7 @@ from dataclasses import asdict
 import pytest, torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from opensora_nb.autoencoder.alignment import Alignment, AlignmentConfig, Dinov2Features, covered_frames, pca_colours, relation
+from opensora_nb.autoencoder.alignment import Alignment, AlignmentConfig, Dinov2Features, covered_frames, linear_similarity, pca_colours, relation
 from opensora_nb.autoencoder.dc_ae import VideoDCAE, VideoDCAEConfig
 from opensora_nb.cluster.files import UserError
 TINY = VideoDCAEConfig(8, ("ResBlock", "ResBlock", "ResBlock", "EViTS5_GLU"), (8, 8, 16, 32), (1, 1, 1, 1), (8, 8, 16, 32), (1, 1, 1, 1), (False, True, True, False), (False, True, True, False))
@@ -168,3 +168,10 @@ def test_colours_are_components():
     colours = pca_colours(torch.cat([a, b]) + noise)
     assert colours.shape == (100, 3) and colours.min() >= 0 and colours.max() <= 1
     assert (colours[:50, 0] - colours[50:, 0]).abs().min() > 0.9, "what differs most is the first colour"
+
+def test_what_a_linear_map_reads_is_measured_on_clips_that_it_was_not_fitted_on():
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(8, 30, 40, generator=g)
+    linear, noise = a @ torch.randn(40, 6, generator=g) + torch.randn(6, generator=g), torch.randn(8, 30, 6, generator=g)
+    assert linear_similarity(a, linear, 4) > 0.99 and abs(linear_similarity(a, noise, 4)) < 0.2
+    assert linear_similarity(1e3 * a - 7, linear, 4) == pytest.approx(linear_similarity(a, linear, 4), abs=1e-4), "scale and origin do not matter"
