@@ -4,6 +4,7 @@ import pytest, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functi
 
 from opensora_nb.autoencoder import dc_ae
 from opensora_nb.autoencoder.dc_ae import VideoDCAE, VideoDCAEConfig
+from opensora_nb.autoencoder.hunyuan import HunyuanVAE, HunyuanVAEConfig
 from opensora_nb.cluster.conv_parallel import (INT32, ColumnParallelConv3d, LayerSize, Mend, RowParallelConv3d, clip_grad_norm, compare_split, full_state_dict, layer_sizes, load_full_state_dict,
                                                overflows_int32, parallelize_convs, plan_split, run_processes, saved_bytes, splits_cleanly, ways_to_mend)
 
@@ -73,6 +74,8 @@ def whole_models():
     model, x = autoencoder(), noise(1, 3, 8, 16, 16)
     ways = {name: dict(min_channels=8, also=ALSO) | more for name, more in dict(auto={}, column=dict(prefer="column"), row=dict(prefer="row"), pairs=dict(pairs=PAIRS), pieces=dict(pairs=PAIRS, pieces=2)).items()}
     found = dict(ways={name: compare_split(copy.deepcopy(model), x, options, clip=0.01) for name, options in ways.items()})
+    causal = HunyuanVAE(HunyuanVAEConfig((8, 8, 16), layers_per_block=1, norm_num_groups=4)).double()
+    found["causal"] = compare_split(causal, noise(1, 3, 5, 16, 16).double(), dict(min_channels=8, also=ALSO))
 
     one, two = copy.deepcopy(model), copy.deepcopy(model)
     parallelize_convs(two, min_channels=8, also=ALSO, pairs=PAIRS)
@@ -123,6 +126,7 @@ def test_a_whole_autoencoder_gives_the_same_forward_and_backward(said):
         for name, found in r["models"]["ways"].items():
             assert max(found[k] for k in ("output", "input gradient", "gradient", "norm")) < 1e-5 and found["weights"] == 0, (name, found)
             assert found["parameters"] < 0.65 and sum(how != "left" for how in found["split"].values()) >= 20
+        assert max(r["models"]["causal"][k] for k in ("output", "input gradient", "gradient")) < 1e-11 and r["models"]["causal"]["parameters"] < 0.6, "the causal autoencoder, in float64"
     ways = said[0]["models"]["ways"]
     assert ways["row"]["saved"] < ways["column"]["saved"] and {how for how in ways["column"]["split"].values()} == {"column", "left", "row"}     # three output channels go by inputs
     assert [r["models"]["ways"]["auto"]["split"] for r in said] == [ways["auto"]["split"]] * 2
@@ -156,6 +160,7 @@ def test_what_cannot_be_split_is_left_and_named():
     plan = {s.name: (s.how, s.why) for s in plan_split(model, 2, min_channels=4)}
     assert plan == dict(grouped=("left", "in 8 groups"), odd=("left", "9 and 9 channels do not divide by 2"), small=("left", "fewer than 4 channels"), own=("left", "Causal computes its own forward"), good=("row", "input not smaller than output"))
     assert {s.name: s.how for s in plan_split(model, 2, min_channels=4, also=(Causal,))}["own"] == "row"
+    assert plan_split(nn.ModuleDict(dict(a=nn.ModuleDict(dict(last=nn.Conv3d(8, 8, 1))))), 2, min_channels=4, leave=("last",))[0].how == "left"
 
 def test_weight_normed_convolutions_are_left_alone():
     conv = nn.utils.parametrizations.weight_norm(nn.Conv3d(8, 8, 1))

@@ -8,6 +8,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from opensora_nb.autoencoder import dc_ae
 from opensora_nb.autoencoder.dc_ae import VideoDCAE
+from opensora_nb.autoencoder.hunyuan import HunyuanVAE, pocket as hunyuan_pocket
 from opensora_nb.autoencoder.losses import PerceptualLoss
 from opensora_nb.autoencoder.metrics import lpips_distance, to_uint8
 from opensora_nb.cluster.weights import shipped
@@ -35,6 +36,7 @@ def given(tmp_path_factory):
     write_video(folder / "films/short.mp4", render(world_truth(5, 0), 96, 4))
     (folder / "films/cut.mp4").write_bytes((folder / "films/a.mp4").read_bytes()[:3000]); (folder / "films/text.mp4").write_text("no film"); (folder / "films/notes.txt").write_text("no film")
     (folder / "broken").mkdir(); (folder / "broken/empty.mp4").write_bytes(b""); (folder / "nothing").mkdir(); (folder / "a-file").write_text("in the way"); (folder / "text.safetensors").write_text("no clips")
+    (folder / "odd").mkdir(); (folder / "odd/config.json").write_bytes((folder / "ruined/config.json").read_bytes()); (folder / "odd/model.safetensors").write_bytes((shipped("autoencoder") / "model.safetensors").read_bytes())
     (folder / "mmdit").mkdir(); (folder / "mmdit/model.safetensors").write_bytes((shipped("mmdit") / "model.safetensors").read_bytes())
     return folder
 
@@ -89,6 +91,12 @@ def test_tiles_are_used_and_change_little(given, tmp_path):
     assert a != b and abs(a - b) < 1.5 and figures(tmp_path / "tiled")["settings"]["tile"] == 32
     assert evaluated(*words, "--tile", 64, out=tmp_path / "one") == 0 and abs(figures(tmp_path / "one")["table"][0]["psnr"] - a) < 1e-4      # a single tile
 
+def test_both_kinds_of_autoencoder_stand_in_one_table(given, tmp_path):
+    torch.manual_seed(0)
+    HunyuanVAE(hunyuan_pocket()).save_pretrained(tmp_path / "causal")
+    assert evaluated("--clips", given / "films", "--models", tmp_path / "causal", given / "tiny/model", "--size", 32, "--frames", 9, "--limit", 1, "--perceptual", "none", "--tile", 32, "--tile-frames", 8, out=tmp_path / "out") == 0
+    assert [(r["name"], r["kind"], r["information"], r["tokens"], r["clips"]) for r in figures(tmp_path / "out")["table"][:2]] == [("causal", "HunyuanVAE", 48, 1024, 1), ("tiny", "VideoDCAE", 192, 1024, 1)]
+
 def test_size_frames_limit_and_patch_are_what_was_asked_for(given, tmp_path):
     assert evaluated("--clips", given / "clips.safetensors", "--models", given / "tiny/model", "shipped", "--perceptual", "none", "--size", 32, 48, "--frames", 4, "--limit", 2, "--patch", 1, 2, out=tmp_path) == 0
     found = figures(tmp_path)
@@ -137,7 +145,7 @@ def test_a_model_that_answers_with_nan_is_named_and_the_code_is_1(given, tmp_pat
     assert not (tmp_path / "worst-ruined.png").exists() and "3 failed" in (tmp_path / "report.html").read_text()
 
 REFUSED = [
-    ("--models {given}/nowhere", "no weights at"), ("--models {given}/nothing", "no .safetensors file in folder"), ("--models {given}/mmdit", "does not fit this autoencoder"), ("--models {given}/clips.safetensors", "does not fit this autoencoder"),
+    ("--models {given}/nowhere", "no weights at"), ("--models {given}/nothing", "no .safetensors file in folder"), ("--models {given}/mmdit", "neither of the two autoencoders"), ("--models {given}/clips.safetensors", "neither of the two autoencoders"), ("--models {given}/odd", "does not fit this autoencoder"),
     ("--clips {given}/nowhere", "no such clips"), ("--clips {given}/nothing", "no videos"), ("--clips {given}/a-file", "neither a video"), ("--clips {given}/text.safetensors", "is not a clip cache"), ("--clips {given}/broken", "none of 1 clips can be read"),
     ("--clips {given}/clips.safetensors --frames 9", "have 8 frames, not 9"), ("--size 60", "multiples of 8"), ("--size 8", "at least 16"), ("--frames 0", "at least 1"), ("--tile 60", "multiple of 8"), ("--tile 64 --tile-overlap 1", "overlap"),
     ("--patch 1 2", "one for each of 1"), ("--perceptual lpips-vgg", "needs its weights"), ("--lpips-weights {given}/tiny/model", "is not LPIPS"), ("--out {given}/a-file", "a-file is a file"), ("--device nonsense", "no device nonsense"), ("--device cuda:99", "no device cuda:99"),

@@ -20,9 +20,8 @@ NOT_YET = {
     "buckets": {"*": "buckets"},
     "configs": {"*": "recipes of the stages"},
     "denoise": {"*": "whole sampling loops"},
-    "hunyuan_vae": {"*": "causal VAE"},
     "preprocess": {"*": "resize and crop of the release"},
-    "shapes": {"hunyuan_vae": "causal VAE", "autoencoder_2d": "2-D image autoencoder"},
+    "shapes": {"autoencoder_2d": "2-D image autoencoder"},
 }
 
 
@@ -398,6 +397,27 @@ def losses_flow(fam, case, config, inputs, tally):
     return made
 
 
+# ---- hunyuan_vae ----
+def hunyuan_vae(fam, case, tally):
+    from opensora_nb.autoencoder.hunyuan import HunyuanVAE, HunyuanVAEConfig
+    from opensora_nb.autoencoder.tiling import Tiling
+    config = case["config"]
+    model = fill(HunyuanVAE(HunyuanVAEConfig.from_dict(config)))
+    names, owner = fam.state_dict(case)
+    check_listing(model, names, owner, tally)
+    inputs = {k: tensor(v) for k, v in case["inputs"].items()}
+    size, frames = (config[key] if config.get(f"use_{axis}_tiling") else None for axis, key in (("spatial", "sample_size"), ("temporal", "sample_tsize")))
+    tiling = Tiling(size, frames, config["tile_overlap_factor"]) if size or frames else None
+
+    found = model.posterior(inputs["video"], tiling)
+    latent = model.encode(inputs["video"], tiling)
+    assert list(latent.shape[1:]) == list(model.latent_shape(*inputs["video"].shape[2:]))
+    if "latent_size" in case: assert list(latent.shape[2:]) == case["latent_size"]
+    made = {"mean": lambda: found.mean, "logvar": lambda: found.logvar, "kl": found.kl, "latent_mode_scaled": lambda: latent,
+            "decoded": lambda: model.decode(latent, tiling=tiling), "decoded_of_latent_in": lambda: model.decode(inputs["latent_in"], tiling=tiling)}
+    compare(fam, case, made.get, tally)
+
+
 # ---- sampling_tables: sections are recognised by what their entries hold ----
 def sampling_tables(fam, section, tally):
     entries = fam.data[section]
@@ -488,6 +508,9 @@ def shapes(fam, name, tally, folder):
         elif kind_of(entry["config"]) == "discriminator":
             from opensora_nb.autoencoder.discriminator import PatchDiscriminator3D
             model = PatchDiscriminator3D(entry["config"]["input_nc"], layers=entry["config"]["n_layers"])
+        elif kind_of(entry["config"]) == "hunyuan_vae":
+            from opensora_nb.autoencoder.hunyuan import HunyuanVAE, HunyuanVAEConfig
+            model = HunyuanVAE(HunyuanVAEConfig.from_dict(entry["config"]))
         else:
             from opensora_nb.autoencoder.dc_ae import VideoDCAE
             model = VideoDCAE(dcae_config(entry["config"]))
@@ -520,7 +543,7 @@ def pytest_generate_tests(metafunc):
         found += [(str(folder), path.stem, name) for name in names]
     metafunc.parametrize("golden_case", found or [(str(folder), "", "")], ids=lambda c: f"{c[1]}-{c[2]}" if c[1] else "none")
 
-BUILDERS = dict(losses=losses, mmdit=mmdit, dcae=dcae, sampling=sampling, train_condition=train_condition)      # family -> how a case of it is built
+BUILDERS = dict(losses=losses, mmdit=mmdit, dcae=dcae, hunyuan_vae=hunyuan_vae, sampling=sampling, train_condition=train_condition)      # family -> how a case of it is built
 
 @torch.no_grad()
 def test_golden(golden_case, golden_tally):

@@ -1,5 +1,5 @@
 "Tiles: what they must leave alone, whatever the size; what is refused; and memory that does not grow with the clip."
-import subprocess, sys
+import sys
 from dataclasses import replace
 
 import pytest
@@ -207,28 +207,13 @@ def test_features_of_a_stage_come_with_the_latent(model):
 
 
 # ---- memory ----
-_CHILD = """import re, sys, torch
-torch.set_num_threads(1)
-from pathlib import Path
-from opensora_nb.autoencoder.dc_ae import VideoDCAE, VideoDCAEConfig
-from opensora_nb.autoencoder.tiling import Tiling
-tile, width = Tiling(64, 16) if sys.argv[1] == "tiled" else None, (16, 16, 16, 16)
-model = VideoDCAE(VideoDCAEConfig(4, ("ResBlock",) * 4, width, (1, 0, 0, 0), width, (1, 0, 0, 0), (False, True, True, False), (False, True, True, False))).eval()
-peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
-with torch.no_grad():
-    model(torch.zeros(1, 3, 4, 64, 64))
-    start = peak()
-    for frames in (16, 64):
-        video = torch.zeros(1, 3, frames, 128, 128)
-        model.decode(model.encode(video, tile), frames, tile)
-        print(peak() - start - 2 * video.nbytes / 2**20)          # beyond the clip and its reconstruction
-"""
-
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-def test_memory_is_flat_in_tiles_and_is_not_without():
-    short, long = {}, {}
-    for how in ("tiled", "whole"):
-        out = subprocess.run([sys.executable, "-c", _CHILD, how], capture_output=True, text=True, check=True).stdout.split()
-        short[how], long[how] = map(float, out)
-    assert long["tiled"] < short["tiled"] + 25 and long["whole"] > 2 * short["whole"] and long["tiled"] < long["whole"] / 2, (short, long)
+@pytest.mark.parametrize("kind", ["dc_ae", "hunyuan"])
+def test_memory_is_flat_in_tiles_and_is_not_without(kind):
+    from opensora_nb.autoencoder.hunyuan import HunyuanVAEConfig
+    from opensora_nb.autoencoder.large_clips import memory_curve
+    width, times = (16,) * 4, (False, True, True, False)
+    cfg = VideoDCAEConfig(4, ("ResBlock",) * 4, width, (1, 0, 0, 0), width, (1, 0, 0, 0), times, times) if kind == "dc_ae" else HunyuanVAEConfig(width, layers_per_block=1, latent_channels=4, norm_num_groups=8)
+    tiled, long_tiled, whole, long_whole = (r["peak_mb"] for r in memory_curve(cfg, [((T, 96, 96), tiling) for tiling in (Tiling(64, 16), None) for T in (17, 65)]))
+    assert long_tiled < tiled + 25 and long_whole > 2 * whole and long_tiled < long_whole / 2, (tiled, long_tiled, whole, long_whole)

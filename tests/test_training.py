@@ -12,6 +12,7 @@ from opensora_nb.autoencoder import dc_ae
 from opensora_nb.autoencoder.alignment import AlignmentConfig
 from opensora_nb.autoencoder.dc_ae import VideoDCAE
 from opensora_nb.autoencoder.discriminator import AdversarialConfig, PatchDiscriminator3D
+from opensora_nb.autoencoder.hunyuan import HunyuanVAE, HunyuanVAEConfig
 from opensora_nb.autoencoder.losses import PerceptualLoss, ReconstructionLossConfig, reconstruction_loss
 from opensora_nb.cluster.checkpoint import checkpoints, load_checkpoint
 from opensora_nb.cluster.files import UserError
@@ -30,6 +31,7 @@ from opensora_nb.training.loop import LoopConfig, read_log
 
 TINY_AE = replace(dc_ae.pocket(), enc_width=(8, 16, 32, 32), dec_width=(8, 16, 32, 32), enc_depth=(0, 1, 1, 1), dec_depth=(0, 1, 1, 1))
 TINY_MMDIT = replace(mmdit.pocket(), hidden_size=64, num_heads=2, depth=1, depth_single_blocks=1)
+TINY_CAUSAL = HunyuanVAEConfig((8, 8, 16, 16), layers_per_block=1, latent_channels=8, norm_num_groups=4, scaling_factor=1.0)
 LOOP = LoopConfig(steps=16, batch_size=3, lr=5e-3, warmup=3, betas=(0.9, 0.99), eps=1e-8, ema=0.8, precision="fp32", save_every=8)
 AE = AutoencoderRecipe(TINY_AE, LOOP, ReconstructionLossConfig(perceptual_weight=0.0), num_frames=4, image_share=0.25)
 DIFFUSION = DiffusionRecipe(TINY_MMDIT, replace(LOOP, steps=30, batch_size=6, save_every=10), dict(t2v=1, i2v_head=1, i2v_loop=1))
@@ -223,6 +225,40 @@ def test_what_the_model_cannot_be_charged_for_is_one_line(clips, tmp_path):
     error(lambda: train_autoencoder(clips, clips, replace(AE, loss=ReconstructionLossConfig(0.0, kl_weight=1e-3)), tmp_path / "run", quiet=True), "kl_weight", "has none")
     error(lambda: train_autoencoder(clips, clips, replace(AE, loss=ReconstructionLossConfig(perceptual_network="lpips-vgg")), tmp_path / "run", quiet=True), "lpips-vgg needs its weights")
     with pytest.raises(ValueError, match="choose one"): replace(AE, loss=ReconstructionLossConfig(0.0, kl_weight=1e-3), alignment=AlignmentConfig(weight=1.0))
+    assert not (tmp_path / "run").exists()
+
+# ---- the causal autoencoder, by the same function ----
+CAUSAL = replace(AE, model=TINY_CAUSAL, num_frames=5, loop=replace(LOOP, steps=12))
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_causal_autoencoder_trains_by_the_same_function(clips, tmp_path, residual):
+    model = train_autoencoder(clips, clips, replace(CAUSAL, model=replace(TINY_CAUSAL, residual=residual)), tmp_path, quiet=True)
+    log = is_a_run(tmp_path, 12, (8, 12), ["0000012.png"])
+    assert np.mean(log["l1"][-4:]) < 0.9 * np.mean(log["l1"][:3]) and model.cfg == replace(TINY_CAUSAL, residual=residual, scaling_factor=model.scaling_factor)
+    again, x = HunyuanVAE.from_pretrained(tmp_path / "model"), to_video(clips.clips)
+    with torch.no_grad(): assert again.cfg == model.cfg and abs(model.encode(x).std() - 1) < 0.01 and torch.allclose(again(x), model(x), atol=1e-5) and model(x).shape == x.shape
+
+def test_a_posterior_is_sampled_where_a_divergence_is_asked_for(clips, tmp_path):
+    asked = replace(CAUSAL, loss=ReconstructionLossConfig(0.0, kl_weight=0.1), loop=replace(LOOP, steps=3, save_every=3))
+    for name in "ab": train_autoencoder(clips, clips, asked, tmp_path / name, quiet=True)
+    log, other = read_log(tmp_path / "a"), read_log(tmp_path / "b")
+    assert log["loss"] == other["loss"] and all(k > 0 and l == pytest.approx(a + 0.1 * k, rel=1e-4) for l, a, k in zip(log["loss"], log["l1"], log["kl"]))
+
+def test_the_causal_autoencoder_meets_the_discriminator_and_the_alignment(clips, tmp_path):
+    both = replace(CAUSAL, adversarial=replace(GAN.adversarial, start=0), alignment=AlignmentConfig(weight=0.1, stage=2), loop=replace(LOOP, steps=3, save_every=3), checkpointing=True)
+    train_autoencoder(clips, clips, both, tmp_path, quiet=True)
+    log = read_log(tmp_path)
+    assert all(l == pytest.approx(a + 0.1 * d + 0.05 * w * g, abs=1e-5) for l, a, d, w, g in zip(log["loss"], log["l1"], log["alignment"], log["adaptive_weight"], log["adversarial"]))
+
+def test_windows_of_a_causal_autoencoder_are_4k_plus_1(clips, tmp_path):
+    error(lambda: train_autoencoder(clips, clips, replace(CAUSAL, num_frames=8), tmp_path / "run", quiet=True), "4k + 1 frames", "num_frames 8")
+    assert not (tmp_path / "run").exists()
+    plain, residual = (RECIPES[name]() for name in ("pocket_hunyuan", "pocket_hunyuan_residual"))
+    assert plain.num_frames == 13 and not plain.model.residual and replace(residual, model=replace(residual.model, residual=False)) == plain == replace(RECIPES["pocket_dcae"](), model=plain.model, num_frames=13)
+    assert HunyuanVAE(plain.model).latent_shape(13, 64, 64) == (16, 4, 8, 8)
+
+def test_weights_of_the_other_autoencoder_are_one_line(clips, autoencoder, tmp_path):
+    error(lambda: train_autoencoder(clips, clips, CAUSAL, tmp_path / "run", start=autoencoder[0] / "model", quiet=True), "autoencoder")
     assert not (tmp_path / "run").exists()
 
 @torch.no_grad()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARALLEL', 'INT32', 'ColumnParallelConv3d', 'RowParallelConv3d', 'Split', 'splits_cleanly', 'plan_split',
            'parallelize_convs', 'full_state_dict', 'load_full_state_dict', 'clip_grad_norm', 'run_processes',
-           'saved_bytes', 'compare_split', 'compare_ways', 'LayerSize', 'layer_sizes', 'overflows_int32', 'Mend',
+           'saved_bytes', 'compare_split', 'compare_all', 'LayerSize', 'layer_sizes', 'overflows_int32', 'Mend',
            'ways_to_mend']
 
 # %% ../../nbs/cluster/05_conv_parallel.ipynb #46f7ce68
@@ -97,6 +97,9 @@ class ColumnParallelConv3d(nn.Module):
         x = self.local(_Copy.apply(x, self.group))
         return _Gather.apply(x, self.group) if self.gather else x
 
+    @property
+    def weight(self) -> nn.Parameter: return self.local.weight        # this process's part: for its type and device
+
     def split_parameters(self) -> list[nn.Parameter]: return list(self.local.parameters())
 
     def full(self, of: Callable = lambda p: p.detach()) -> dict[str, torch.Tensor]:
@@ -130,6 +133,9 @@ class RowParallelConv3d(nn.Module):
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
         return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, 1, 1, 1)
 
+    @property
+    def weight(self) -> nn.Parameter: return self.parts[0].weight     # this process's part of the first piece: for its type and device
+
     def split_parameters(self) -> list[nn.Parameter]: return list(self.parts.parameters())
 
     def full(self, of: Callable = lambda p: p.detach()) -> dict[str, torch.Tensor]:
@@ -158,6 +164,8 @@ def _own_forward(conv: nn.Conv3d) -> bool:
     "Does it compute something else than a convolution of its input?"
     cls = type(conv)
     return cls.forward is not nn.Conv3d.forward or cls._conv_forward is not nn.Conv3d._conv_forward or hasattr(conv, "parametrizations")
+
+def _ends(name: str, ending: str) -> bool: return name == ending or name.endswith(f".{ending}")
 
 def _cut(conv: nn.Conv3d, processes: int, min_channels: int, prefer: str, also: tuple[type, ...]) -> tuple[str, str]:
     "How to cut a convolution that has no partner, and why."
@@ -188,21 +196,21 @@ def splits_cleanly(conv: nn.Conv3d) -> bool:
     return all(z.shape == y.shape and torch.allclose(z, y, rtol=0, atol=float(1e-4 * y.abs().max())) for z in (by_outputs, by_inputs))
 
 # %% ../../nbs/cluster/05_conv_parallel.ipynb #8e105e1a
-def plan_split(model: nn.Module, processes: int, min_channels: int = 64, pairs: tuple[tuple[str, str], ...] = (), also: tuple[type, ...] = (), prefer: Literal["auto", "column", "row"] = "auto") -> list[Split]:
+def plan_split(model: nn.Module, processes: int, min_channels: int = 64, pairs: tuple[tuple[str, str], ...] = (), also: tuple[type, ...] = (), leave: tuple[str, ...] = (), prefer: Literal["auto", "column", "row"] = "auto") -> list[Split]:
     """What would become of each 3-D convolution of a model.
 
     min_channels: where neither side has so many, a convolution is left alone. pairs: endings of the names of two convolutions under one parent with nothing but pointwise functions between them. also: subclasses of
-    Conv3d with a forward of their own that may be split, because all they add treats channels alike (padding). prefer: how to cut those without a partner; auto: what sends less.
+    Conv3d with a forward of their own that may be split, because all they add treats channels alike (padding). leave: endings of names that are left alone. prefer: how to cut those without a partner; auto: what sends less.
     """
     convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv3d)}
     for cls in also:                                                    # the smallest of each class is tried
         if (of := [m for m in convs.values() if type(m) is cls and m.groups == 1]) and not splits_cleanly(min(of, key=lambda m: m.weight.numel())):
             raise ValueError(f"{cls.__name__} does more than convolve: cut in two it gives another result, so it cannot be split (also)")
     inside = tuple(f"{name}." if name else "" for name, m in model.named_modules() if isinstance(m, PARALLEL))
-    cut = {name: _cut(conv, processes, min_channels, prefer, also) for name, conv in convs.items() if not (inside and name.startswith(inside))}
+    cut = {name: ("left", "as asked") if any(_ends(name, e) for e in leave) else _cut(conv, processes, min_channels, prefer, also) for name, conv in convs.items() if not (inside and name.startswith(inside))}
     paired = {}
     for first, second in pairs:
-        for name in [n for n in cut if n == first or n.endswith(f".{first}")]:
+        for name in [n for n in cut if _ends(n, first)]:
             partner = name.removesuffix(first) + second
             if partner not in cut: raise ValueError(f"{name} has no partner {partner} to make a pair with")
             fits = convs[name].out_channels % processes == 0 and convs[name].out_channels == convs[partner].in_channels
@@ -210,12 +218,13 @@ def plan_split(model: nn.Module, processes: int, min_channels: int = 64, pairs: 
     size = lambda conv: sum(p.numel() for p in conv.parameters())
     return [Split(name, paired[name], "one of a pair", size(convs[name]), True) if name in paired else Split(name, how, why, size(convs[name])) for name, (how, why) in cut.items()]
 
-def parallelize_convs(model: nn.Module, group=None, min_channels: int = 64, pairs: tuple[tuple[str, str], ...] = (), also: tuple[type, ...] = (), prefer: Literal["auto", "column", "row"] = "auto", pieces: int = 1) -> list[Split]:
+def parallelize_convs(model: nn.Module, group=None, min_channels: int = 64, pairs: tuple[tuple[str, str], ...] = (), also: tuple[type, ...] = (), leave: tuple[str, ...] = (), prefer: Literal["auto", "column", "row"] = "auto",
+                      pieces: int = 1) -> list[Split]:
     """Splits a model's 3-D convolutions over a group of processes, in place; returns what became of each. Every process must hold the same weights.
 
     Arguments as in `plan_split`. pieces: of those split by input channels, see `RowParallelConv3d` (1 where the channels do not divide).
     """
-    plan = plan_split(model, dist.get_world_size(group), min_channels, pairs, also, prefer)
+    plan = plan_split(model, dist.get_world_size(group), min_channels, pairs, also, leave, prefer)
     made = {}
     for split in plan:
         if split.how == "left": continue
@@ -298,7 +307,7 @@ def compare_split(model: nn.Module, x: torch.Tensor, options: dict | None = None
     options: of `parallelize_convs`. Returns the largest deviations, as shares of the largest value of each tensor: `output`, `input gradient`, `gradient` (and whose: `where`), `norm`, `weights` (put together again), and this process's share of
     `parameters` and of `saved` bytes; `split`: names and how.
     """
-    off = lambda a, b: float((a - b).abs().max() / a.abs().max().clamp(min=1e-12))
+    off = lambda a, b, least=1e-12: float((a - b).abs().max() / a.abs().max().clamp(min=least))
     whole = copy.deepcopy(model)
     plan = parallelize_convs(model, **(options or {}))
     def run(m):
@@ -310,7 +319,8 @@ def compare_split(model: nn.Module, x: torch.Tensor, options: dict | None = None
     (y, dx, saved), (y2, dx2, saved2) = run(whole), run(model)
     whole_grads, part_grads = ({n: p.grad for n, p in m.named_parameters()} for m in (whole, model))
     for name, m in _parallel(model).items(): part_grads |= {f"{name}.{k}" if name else k: g for k, g in m.full(lambda p: p.grad).items()}
-    errors = {n: off(g, part_grads[n]) for n, g in whole_grads.items() if g is not None}
+    largest = max(float(g.abs().max()) for g in whole_grads.values() if g is not None)
+    errors = {n: off(g, part_grads[n], 1e-3 * largest) for n, g in whole_grads.items() if g is not None}     # some gradients are nought but rounding, such as that of an attention's key bias
     where = max(errors, key=errors.get)
     norm = torch.nn.utils.clip_grad_norm_(whole.parameters(), clip)
     count = lambda m: sum(p.numel() for p in m.parameters())
@@ -320,9 +330,9 @@ def compare_split(model: nn.Module, x: torch.Tensor, options: dict | None = None
             "parameters": count(model) / count(whole), "saved": saved2 / saved, "split": {s.name: s.how for s in plan}}
 
 # %% ../../nbs/cluster/05_conv_parallel.ipynb #eb74d28e
-def compare_ways(model: nn.Module, x: torch.Tensor, ways: dict[str, dict]) -> dict[str, dict]:
-    "`compare_split` for several options, each on a model of its own."
-    return {name: compare_split(copy.deepcopy(model), x, options) for name, options in ways.items()}
+def compare_all(cases: dict[str, tuple[nn.Module, torch.Tensor, dict]]) -> dict[str, dict]:
+    "`compare_split` for several (model, input, options), each on a copy of its model."
+    return {name: compare_split(copy.deepcopy(model), x, options) for name, (model, x, options) in cases.items()}
 
 # %% ../../nbs/cluster/05_conv_parallel.ipynb #7fc5b50a
 INT32 = 2**31 - 1

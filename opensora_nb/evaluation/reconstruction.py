@@ -159,12 +159,17 @@ def _line_of_text(words: str, width: int, height: int = 22) -> np.ndarray:
     cv2.putText(strip, words.encode("ascii", "backslashreplace").decode(), (4, height - 7), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
     return strip
 
+def _at_hand(frame: np.ndarray, least: int = 128, most: int = 320) -> np.ndarray:
+    "A frame at a size to look at: small ones enlarged pixel by pixel, large ones reduced."
+    zoom, scale = max(1, -(-least // frame.shape[0])), most / max(frame.shape[:2])
+    if scale < 1: return cv2.resize(frame, (max(1, round(frame.shape[1] * scale)), max(1, round(frame.shape[0] * scale))), interpolation=cv2.INTER_AREA)
+    return frame.repeat(zoom, 0).repeat(zoom, 1)
+
 def worst_sheet(measured: Measured, title: str, distance: str = "distance") -> np.ndarray:
     "One picture `(H, W, 3)` of the kept worst clips: frames as they were, as they came back, and the error."
     blocks = []
     for score, before, after in measured.worst:
-        zoom = max(1, -(-128 // before.shape[1]))                          # small frames are shown larger, pixel by pixel
-        rows = [np.concatenate([f.repeat(zoom, 0).repeat(zoom, 1) for f in frames], 1) for frames in (before, after, error_map(before, after))]
+        rows = [np.concatenate([_at_hand(f) for f in frames], 1) for frames in (before, after, error_map(before, after))]
         blocks.append((f"{score.clip}: {score.psnr:.2f} dB, SSIM {score.ssim:.3f}" + (f", {distance} {score.distance:.3f}" if score.distance is not None else ""), np.concatenate(rows)))
     width = max(rows.shape[1] for _, rows in blocks)
     head = _line_of_text(f"{title}: worst of {len(measured.scores)} clips; original, reconstruction, error (brightest: {ERROR_SCALE} grey levels)", width)
@@ -303,10 +308,10 @@ def open_clips(cfg: EvaluateConfig) -> Clips:
     return file_clips(path, size or (256, 256), frames or 32, cfg.limit, cfg.windows)
 
 def load_model(name: str) -> nn.Module:
-    "An autoencoder by name, in evaluation mode, on the CPU."
+    "An autoencoder of either kind by name, in evaluation mode, on the CPU."
+    from opensora_nb.autoencoder.hunyuan import load_autoencoder
     from opensora_nb.cluster.weights import shipped
-    from opensora_nb.autoencoder.dc_ae import VideoDCAE
-    return VideoDCAE.from_pretrained(shipped("autoencoder") if name == "shipped" else name)
+    return load_autoencoder(shipped("autoencoder") if name == "shipped" else name)
 
 def labels(models: tuple[str, ...]) -> list[str]:
     "Short names that are all different: the last folder that says something, else the name as given."

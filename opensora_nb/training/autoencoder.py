@@ -15,8 +15,10 @@ import torch, torch.nn as nn
 from ..autoencoder.alignment import Alignment, AlignmentConfig
 from ..autoencoder.dc_ae import VideoDCAE, VideoDCAEConfig, dc_ae_256, pocket
 from ..autoencoder.discriminator import AdversarialConfig, Adversary, CollapseWatch
+from ..autoencoder.hunyuan import HunyuanVAE, HunyuanVAEConfig, pocket as pocket_causal
 from ..autoencoder.losses import ReconstructionLossConfig, make_perceptual, reconstruction_loss
 from ..autoencoder.metrics import psnr, to_uint8
+from ..autoencoder.speed import optimize
 from ..cluster.files import UserError, whole
 from ..data.cache import ClipCache
 from .loop import LoopConfig, Rival, train
@@ -25,7 +27,7 @@ from .loop import LoopConfig, Rival, train
 @dataclass(frozen=True)
 class AutoencoderRecipe:
     "What to train and how; the defaults are the report's first phase (section 4.4)."
-    model: "VideoDCAEConfig | HunyuanVAEConfig" = VideoDCAEConfig()
+    model: VideoDCAEConfig | HunyuanVAEConfig = VideoDCAEConfig()
     loop: LoopConfig = LoopConfig(steps=250_000, batch_size=8, lr=5e-5)
     loss: ReconstructionLossConfig = ReconstructionLossConfig(perceptual_frames=32, perceptual_network="lpips-vgg")
     adversarial: AdversarialConfig | None = None    # the discriminator; None: there is none
@@ -85,7 +87,6 @@ def pocket_dcae_gan() -> AutoencoderRecipe:
 
 def pocket_hunyuan() -> AutoencoderRecipe:
     "The causal VAE at pocket size, 8 x 8 x 4 with 16 channels, on windows of 13 frames."
-    from opensora_nb.autoencoder.hunyuan import pocket as pocket_causal
     return replace(pocket_dcae(), model=pocket_causal(), num_frames=13)
 
 def pocket_hunyuan_residual() -> AutoencoderRecipe:
@@ -126,7 +127,7 @@ def autoencoder_loss(model: nn.Module, video: torch.Tensor, recipe: AutoencoderR
     if alignment is not None: latent, features = model.encode_features(video, recipe.alignment.stage)
     elif recipe.loss.kl_weight:
         posterior = model.posterior(video)
-        latent, kl = (posterior.sample(generator) - model.shift_factor) * model.scaling_factor, posterior.kl().mean() / video[0].numel()
+        latent, kl = model.scaled(posterior.sample(generator)), posterior.kl().mean() / video[0].numel()
     else: latent = model.encode(video)
     output = model.decode(latent, video.shape[2])
     parts = reconstruction_loss(video, output, recipe.loss, perceptual, generator)
@@ -142,41 +143,33 @@ def autoencoder_loss(model: nn.Module, video: torch.Tensor, recipe: AutoencoderR
     return parts
 
 # %% ../../nbs/training/01_autoencoder.ipynb #0b8e695a
-def _admitted(model: nn.Module, clips): return clips[:, : (clips.shape[1] - 1) // model.temporal_compression * model.temporal_compression + 1] if model.causal else clips
-
 def _device(model: nn.Module) -> torch.device: return next(model.parameters()).device
 
 @torch.no_grad()
 def reconstruct(model: nn.Module, clips, batch: int = 4) -> torch.Tensor:
-    "Reconstructions of uint8 clips `(N, T, H, W, 3)`, as float video `(N, 3, T, H, W)`; of the 4k + 1 first frames where the model is causal."
-    clips = _admitted(model, clips)
+    "Reconstructions of uint8 clips `(N, T, H, W, 3)`, as float video `(N, 3, T, H, W)`."
     return torch.cat([model(to_video(clips[i : i + batch]).to(_device(model))).cpu() for i in range(0, len(clips), batch)])
 
 def mean_psnr(model: nn.Module, clips) -> float:
     "Mean over clips of the reconstruction's PSNR in dB, 8-bit RGB; clips uint8 `(N, T, H, W, 3)`."
-    return float(psnr(reconstruct(model, clips), to_video(_admitted(model, clips))).mean())
+    return float(psnr(reconstruct(model, clips), to_video(clips)).mean())
 
 @torch.no_grad()
 def latent_scale(model: nn.Module, clips) -> float:
     "The scaling factor that gives latents of uint8 clips `(N, T, H, W, 3)` unit variance. DC-AE divides by it: the standard deviation; the causal VAE multiplies: one over it."
-    clips = _admitted(model, clips)
     std = float(torch.cat([model.encode(to_video(clips[i : i + 1]).to(_device(model))).cpu() for i in range(len(clips))]).std())
     return model.scaling_factor * std if isinstance(model, VideoDCAE) else model.scaling_factor / std
 
 def draw_reconstructions(model: nn.Module, clips, path: Path, frames: int = 6) -> None:
     "A PNG with two rows a clip: original and reconstruction. clips: uint8 `(N, T, H, W, 3)`."
     import cv2, numpy as np
-    clips = _admitted(model, clips)
     again = to_uint8(reconstruct(model, clips)).movedim(1, -1).numpy()
     ts = np.linspace(0, clips.shape[1] - 1, frames).astype(int)
     sheet = np.concatenate([np.concatenate([rows[i, t] for t in ts], 1) for i in range(len(clips)) for rows in (clips, again)])
     with whole(path) as out: cv2.imwrite(str(out), sheet[..., ::-1])
 
 # %% ../../nbs/training/01_autoencoder.ipynb #293ef730
-def _class(cfg) -> type[nn.Module]:
-    if isinstance(cfg, VideoDCAEConfig): return VideoDCAE
-    from opensora_nb.autoencoder.hunyuan import HunyuanVAE
-    return HunyuanVAE
+def _class(cfg: VideoDCAEConfig | HunyuanVAEConfig) -> type[VideoDCAE | HunyuanVAE]: return VideoDCAE if isinstance(cfg, VideoDCAEConfig) else HunyuanVAE
 
 def _check(model: nn.Module, cache: ClipCache, recipe: AutoencoderRecipe) -> None:
     "UserError where clips, recipe and model do not fit."
@@ -202,7 +195,7 @@ def train_autoencoder(cache: ClipCache, held_out: ClipCache, recipe: Autoencoder
     torch.manual_seed(recipe.loop.seed)
     model = _class(recipe.model).from_pretrained(start) if start else _class(recipe.model)(recipe.model)
     _check(model, cache, recipe)
-    model.to(device, memory_format=torch.channels_last_3d).checkpoint_blocks(recipe.checkpointing)
+    optimize(model, device).checkpoint_blocks(recipe.checkpointing)
     perceptual = make_perceptual(recipe.loss)
     if perceptual is not None: perceptual.to(device)
     alignment, adversary = _alignment(recipe, model, device), recipe.adversarial and Adversary(recipe.adversarial)
