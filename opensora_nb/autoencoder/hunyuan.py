@@ -92,8 +92,8 @@ class _Pad(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         grad = _fold_borders(grad, *ctx.room)
-        if not ctx.saved_tensors: return grad.to(ctx.dtype), *[None] * 6
-        x, weight, bias, mean, rstd = ctx.saved_tensors
+        if not (saved := ctx.saved_tensors): return grad.to(ctx.dtype), *[None] * 6      # asked for once: recomputing gives them once
+        x, weight, bias, mean, rstd = saved
         a, b = _affine(weight, bias, mean, rstd)
         level = slope = 0.0                                                  # sums of the gradient, and of the gradient times the normed input
         for t in _stretches(x):
