@@ -19,7 +19,7 @@ from ..cluster.files import UserError
 COMMANDS = {
     "tour": "the whole line once: footage, curation, autoencoder, MMDiT, image brought to motion; a report in runs/tour",
     "curate": "cut, filter and score a folder of videos into clips with a manifest",
-    "train-ae": "train the Video DC-AE",
+    "train-ae": "train an autoencoder",
     "train": "train the MMDiT by flow matching",
     "generate": "write clips from a prompt, or from a prompt and an image",
     "evaluate": "measure autoencoders on clips: the report's table 1, with pictures of the worst cases",
