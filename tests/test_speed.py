@@ -3,8 +3,8 @@ import copy
 import pytest, torch, torch.nn as nn
 import torch.nn.functional as F
 from opensora_nb.autoencoder import speed
-from opensora_nb.autoencoder.dc_ae import Conv3d, Depthwise, Up, VideoDCAE, VideoDCAEConfig
-from opensora_nb.autoencoder.speed import FastConv3d, FoldedUp, convolution, doubled_convolution, optimize, parity_weights
+from opensora_nb.autoencoder.dc_ae import Conv3d, Depthwise, VideoDCAE, VideoDCAEConfig, shortcut_down, shortcut_up
+from opensora_nb.autoencoder.speed import AveragedDown, FastConv3d, FoldedUp, averaged_down, convolution, doubled_convolution, optimize, parity_weights
 WIDE = VideoDCAEConfig(8, ("ResBlock", "ResBlock", "EViTS5_GLU"), (64, 64, 64), (1, 1, 1), (64, 64, 64), (1, 1, 1), (True, False, False), (True, False, False))
 
 def near(a, b, share=2e-5):
@@ -36,6 +36,7 @@ def test_winograd_over_time_is_the_convolution_forward_and_backward(everywhere, 
     ours, plain = convolution(x, w, b, padding, stride), F.conv3d(x, w, b, stride, padding)
     assert type(ours.grad_fn).__name__ == "_TimeWinogradBackward"
     near(ours, plain)
+    assert not ours._is_view() and ours.is_contiguous(memory_format=torch.channels_last_3d), "a layer behind it may add in place"
     weigh, wrt = torch.randn(plain.shape, generator=g), [t for t in (x, w, b) if t is not None]
     for a, c in zip(gradients(ours, weigh, wrt), gradients(plain, weigh, wrt)): near(a, c)
 
@@ -65,8 +66,27 @@ def test_folded_upsampling_is_doubling_and_convolving_forward_and_backward(every
     x, w, b = torch.randn(2, 6, *size, generator=g, requires_grad=True), (torch.randn(4, 6, 3, 3, 3, generator=g) / 10).requires_grad_(), torch.randn(4, generator=g, requires_grad=True)
     ours, plain = doubled_convolution(x, w, b, temporal), F.conv3d(F.interpolate(x, scale_factor=(2 if temporal else 1, 2, 2)), w, b, padding=1)
     near(ours, plain)
+    assert not ours._is_view()
     weigh = torch.randn(plain.shape, generator=g)
     for a, c in zip(gradients(ours, weigh, (x, w, b)), gradients(plain, weigh, (x, w, b))): near(a, c)
+
+@pytest.mark.parametrize("c_in, c_out", [(8, 4), (4, 4), (4, 8), (8, 2), (2, 8), (16, 4)])
+@pytest.mark.parametrize("temporal", [True, False])
+def test_the_shortcut_is_added_where_it_belongs(everywhere, c_in, c_out, temporal):
+    g, factors = torch.Generator().manual_seed(0), (2 if temporal else 1, 2, 2)
+    x, w, b = torch.randn(2, c_in, 3, 4, 2, generator=g, requires_grad=True), torch.randn(c_out, c_in, 3, 3, 3, generator=g, requires_grad=True), torch.zeros(c_out)
+    ours, plain = doubled_convolution(x, w, b, temporal, shortcut=True), F.conv3d(F.interpolate(x, scale_factor=factors), w, b, padding=1) + shortcut_up(x, c_out, factors)
+    near(ours, plain)
+    weigh = torch.randn(plain.shape, generator=g)
+    for a, c in zip(gradients(ours, weigh, (x, w)), gradients(plain, weigh, (x, w))): near(a, c)
+
+@pytest.mark.parametrize("c_in, c_out, factors", [(4, 8, (1, 2, 2)), (4, 8, (2, 2, 2)), (4, 4, (2, 2, 2)), (4, 16, (1, 2, 2)), (8, 4, (1, 2, 2)), (6, 4, (2, 2, 2)), (8, 2, (1, 1, 1)), (1, 1, (2, 2, 2))])
+def test_averaging_first_is_the_shortcut_down_forward_and_backward(c_in, c_out, factors):
+    x = torch.randn(2, c_in, 4, 6, 8, requires_grad=True)
+    ours, plain = averaged_down(x, c_out, factors), shortcut_down(x, c_out, factors)
+    near(ours, plain, 1e-6)
+    weigh = torch.randn_like(plain)
+    near(gradients(ours, weigh, x)[0], gradients(plain, weigh, x)[0], 1e-6)
 
 def test_the_folded_weights_of_a_parity_add_up_to_all_weights():
     w = torch.randn(3, 2, 3, 3, 3)
@@ -79,7 +99,7 @@ def test_the_folded_weights_of_a_parity_add_up_to_all_weights():
 def test_an_optimized_autoencoder_gives_the_same_numbers_and_gradients(everywhere, T):
     plain, video = model(), torch.randn(1, 3, T, 16, 12, generator=torch.Generator().manual_seed(1))
     fast = optimize(copy.deepcopy(plain))
-    assert sum(isinstance(m, FoldedUp) for m in fast.modules()) == 2 and any(isinstance(m, FastConv3d) for m in fast.modules())
+    assert sum(isinstance(m, FoldedUp) for m in fast.modules()) == sum(isinstance(m, AveragedDown) for m in fast.modules()) == 2 and any(isinstance(m, FastConv3d) for m in fast.modules())
     with torch.no_grad():
         near(fast.encode(video), latent := plain.encode(video), 1e-4)
         near(fast.decode(latent, T), plain.decode(latent, T), 1e-4)
