@@ -179,7 +179,9 @@ LEAST_CHANNELS, LEAST_POSITIONS = 64, 1024       # measured: below them nothing 
 def convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, padding: tuple[int, int, int], stride: tuple[int, int, int] = (1, 1, 1)) -> torch.Tensor:
     "A 3-D convolution padded by zeros, by Winograd's trick over time where that is faster."
     plain = x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or not torch.backends.mkldnn.is_available()
-    if plain: return F.conv3d(x, weight, bias, stride, padding)
+    if plain:
+        if x.device.type == "cpu" and padding[0] and x.shape[2] + 1 == weight.shape[2]: x, padding = F.pad(x, (0, 0, 0, 0, padding[0], padding[0])), (0, *padding[1:])     # see the text
+        return F.conv3d(x, weight, bias, stride, padding)
     frames, positions = x.shape[2] + 2 * padding[0] - 2, x.numel() // x.shape[1]
     pays = min(weight.shape[:2]) >= LEAST_CHANNELS and positions >= LEAST_POSITIONS
     slow = torch.is_grad_enabled() and weight.requires_grad and len(x) == 1 and x[0, :, :, :, 0].numel() <= 20480      # PyTorch has another backward pass for one small clip, 5 to 8 times slower
