@@ -287,6 +287,7 @@ _NAMES = dict(scale_factor="scaling_factor", time_compression_ratio="temporal_co
 _NOT_OURS = ("type", "from_pretrained", "sample_size", "sample_tsize", "use_slicing", "use_spatial_tiling", "use_temporal_tiling", "tile_overlap_factor", "channel",
              "_class_name", "_diffusers_version", "_name_or_path", "down_block_types", "up_block_types")
 
+# %% ../../nbs/autoencoder/02_hunyuan.ipynb #441c82c0
 def pocket() -> HunyuanVAEConfig:
     "64-pixel clips on two cores: 8 x 8 x 4 with 16 latent channels like the published one, narrow and half as deep."
     return HunyuanVAEConfig((16, 32, 48, 48), layers_per_block=1, norm_num_groups=8, scaling_factor=1.0)
