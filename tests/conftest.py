@@ -27,6 +27,12 @@ def pytest_configure(config):
         if not any(Path(given).glob("*.json")): raise pytest.UsageError(f"--golden {given}: no reference values (*.json) in this folder")
 
 
+LONG = ("test_notebooks", "test_curate", "test_tour", "test_verdicts", "test_pool", "test_bench")      # files of minutes: begun first, for a file stays in one process (-n)
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture(autouse=True)
 def ordinary_priority():
     "The AV1 encoder, run by root, leaves its process at real-time priority, which would starve all that runs beside it."
