@@ -37,11 +37,11 @@ tour: venv
 
 test: venv
 	@echo "== all tests: notebooks, library, command line, the tour once"
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 quick: venv
 	@echo "== the quick part of the tests"
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
 
 lab: venv
 	@echo "== JupyterLab; Ctrl-C twice ends it"
