@@ -129,7 +129,7 @@ class CausalConv(nn.Module):
     @property
     def untouched(self) -> bool:
         "False where somebody put another module in the convolution's place, one split over processes say: then its weight is none of our business."
-        return type(self.conv) is Conv3d
+        return isinstance(self.conv, Conv3d)
 
     def forward(self, x: Tensor, norm: nn.GroupNorm | None = None) -> Tensor:
         if self.kernel == 1: return self.conv(x)
