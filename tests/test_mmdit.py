@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from opensora_nb.cluster.files import UserError
-from opensora_nb.mmdit.model import MMDiT, MMDiTConfig, flux_image, high_compression, open_sora_v2, open_sora_v2_t2v, pocket
+from opensora_nb.mmdit.model import MMDiT, MMDiTConfig, flux_image, fuse_qkv, high_compression, open_sora_v2, open_sora_v2_t2v, pocket, split_qkv
 from opensora_nb.mmdit.rope import rope_table, rotate, to_half
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -85,6 +85,17 @@ def test_interleaved_and_half_are_a_reordering_of_weights():
         elif "q_proj" in name or "k_proj" in name: weights[name] = to_half(w.unflatten(0, (SMALL.num_heads, -1)), 1).flatten(0, 1)
     half.load_state_dict(weights)
     assert close(half(**given), other(**given), 2e-5)
+
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_fused_and_split_are_two_names_of_the_same_weights(bias):
+    cfg = replace(SMALL, fused_qkv=True, qkv_bias=bias)
+    fused, split, given = grown(cfg), MMDiT(replace(cfg, fused_qkv=False)), inputs(cfg)
+    weights = fused.state_dict()
+    split.load_state_dict(split_qkv(weights, cfg))
+    assert close(split(**given), fused(**given))
+    assert same(fuse_qkv(split.state_dict()), weights) and same(fuse_qkv(weights), weights) and same(split_qkv(split.state_dict(), cfg), split.state_dict())
+    with pytest.raises(ValueError, match="double_blocks.0.img_attn.k_proj.weight is missing"): fuse_qkv({n: w for n, w in split.state_dict().items() if "k_proj" not in n})
 
 @torch.no_grad()
 def test_a_zero_condition_is_no_image():

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MMDiTConfig', 'open_sora_v2', 'open_sora_v2_t2v', 'high_compression', 'flux_image', 'pocket', 'timestep_embedding',
-           'MLPEmbedder', 'Modulation', 'modulate', 'DoubleBlock', 'SingleBlock', 'FinalLayer', 'MMDiT']
+           'MLPEmbedder', 'Modulation', 'modulate', 'DoubleBlock', 'SingleBlock', 'split_qkv', 'fuse_qkv', 'FinalLayer',
+           'MMDiT']
 
 # %% ../../nbs/mmdit/03_model.ipynb #6356d0c5
 import math
@@ -180,6 +181,31 @@ class SingleBlock(nn.Module):
         q, k, v = (z.unflatten(-1, (self.num_heads, -1)) for z in (q, k, v))
         mixed = attention(*self.norm(q, k), v, rope, self.rope_layout)
         return x + gate * self.linear2(torch.cat([mixed, F.gelu(mlp, approximate="tanh")], -1))
+
+# %% ../../nbs/mmdit/03_model.ipynb #c0249e54
+_PARTS = {"qkv": ("q_proj", "k_proj", "v_proj"), "linear1": ("q_proj", "k_proj", "v_mlp")}
+
+def split_qkv(state: dict[str, Tensor], cfg: MMDiTConfig) -> dict[str, Tensor]:
+    "The state dict of a fused model (`fused_qkv`) under the names of the split one, views of the same memory; what is split already stays. cfg: only its hidden_size counts."
+    out = {}
+    for name, x in state.items():
+        path, layer, kind = ("." + name).rsplit(".", 2)                    # "...img_attn", "qkv", "weight"
+        if layer not in _PARTS: out[name] = x; continue
+        parts = x.split((cfg.hidden_size, cfg.hidden_size, len(x) - 2 * cfg.hidden_size))
+        out |= {f"{path}.{part}.{kind}"[1:]: y for part, y in zip(_PARTS[layer], parts)}
+    return out
+
+def fuse_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    "The other way: the state dict of a split model under the names of the fused one; what is fused already stays. Raises ValueError where one of three is missing."
+    out, owner = {}, {"v_proj": "qkv", "v_mlp": "linear1"}
+    for name, x in state.items():
+        path, layer, kind = ("." + name).rsplit(".", 2)
+        if layer in ("q_proj", "k_proj"): continue
+        if layer not in owner: out[name] = x; continue
+        three = [f"{path}.{part}.{kind}"[1:] for part in _PARTS[owner[layer]]]
+        if missing := [n for n in three if n not in state]: raise ValueError(f"cannot fuse {name}: {missing[0]} is missing")
+        out[f"{path}.{owner[layer]}.{kind}"[1:]] = torch.cat([state[n] for n in three])
+    return out
 
 # %% ../../nbs/mmdit/03_model.ipynb #7f74a3c0
 class FinalLayer(nn.Module):
