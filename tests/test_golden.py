@@ -17,7 +17,6 @@ RELATIVE = 1e-4          # of the array's absmax; other kernels and thread count
 # ---- Parts not yet built. The one place where something is left out, and it only shrinks. ----
 NOT_YET = {
     "autoencoder_2d": {"*": "2-D image autoencoder"},
-    "buckets": {"*": "buckets"},
     "configs": {"*": "recipes of the stages"},
     "denoise": {"*": "whole sampling loops"},
     "preprocess": {"*": "resize and crop of the release"},
@@ -523,6 +522,48 @@ def shapes(fam, name, tally, folder):
     tally["lists of names and shapes"] += 1
 
 
+# ---- buckets ----
+def bucket_table(config, **about):
+    "A table of the reference: resolution -> frames -> [chance or pair of chances, batch size]."
+    from opensora_nb.data.buckets import BucketTable
+    return BucketTable({resolution: {int(t): (tuple(c) if isinstance(c, list) else c, batch) for t, (c, batch) in lengths.items()} for resolution, lengths in config.items()}, **about)
+
+def buckets(fam, section, tally):
+    from opensora_nb.data.buckets import closest_shape, num_pixels, release_tables, sampled_fps, sizes
+    said = fam.data[section]
+    if section == "fps_max": assert said == bucket_table({"256px": {"1": [1.0, 1]}}).max_fps; tally["values"] += 1
+    elif section == "bucket_config":
+        ours = release_tables()
+        for stage, config in said.items(): assert ours[stage].lengths == bucket_table(config).lengths, stage; tally["values"] += sum(map(len, config.values()))
+    elif section == "aspect":
+        for kind, tables in said.items():
+            multiple, way = kind.removeprefix("D").split("_")
+            for resolution, entry in tables.items():
+                made = sizes(entry["num_pixels"], int(multiple), {"train": True, "infer": False}[way])
+                assert num_pixels(resolution) == entry["num_pixels"] and list(made.items()) == [(k, tuple(v)) for k, v in entry["table"].items()], (kind, resolution)
+                tally["values"] += len(made)
+    elif section == "settings":
+        for name, (pixels, table) in said.items():
+            (_, ours, made, _), = bucket_table({name: {"1": [1.0, 1]}}).levels
+            assert ours == pixels and made == {k: tuple(v) for k, v in table.items()}, name; tally["values"] += 1
+    elif section == "map_target_fps":
+        for e in said: assert sampled_fps(e["fps"], e["max"]) == tuple(e["out"]), e; tally["values"] += 1
+    elif section == "map_target_fps_nan": assert sampled_fps(math.nan) == tuple(said); tally["values"] += 1
+    elif section == "closest_ratio":
+        for e in said: assert closest_shape(e["h"], e["w"], sizes(num_pixels("256px"))) == e["ratio"], e; tally["values"] += 1
+    elif section == "custom_tuple_config": bucket_table(said)
+    elif section == "assign":
+        for stage, entry in said.items():
+            config = fam.data["bucket_config"].get(stage) or fam.data[f"{stage}_tuple_config"]
+            table = bucket_table(config, multiple=entry["spatial_multiple"], max_fps=fam.data["fps_max"])
+            assert len(table.buckets) == entry["num_bucket"], stage
+            for T, H, W, fps, seed, result in entry["rows"]:
+                found = table.assign(T, H, W, math.nan if fps is None else fps, np.random.default_rng(seed).random)
+                assert (found and [found.resolution, found.frames, found.shape, found.frames, found.height, found.width, found.batch_size]) == result, (stage, T, H, W, fps, seed)
+                tally["values"] += 1
+    else: cannot_build(f"section {section!r} of buckets")
+
+
 # ---- Running them ----
 def not_yet(fam, case):
     "Why this case is left out, by NOT_YET; None if it is not. What a case is follows from its config, not from its name."
@@ -556,6 +597,7 @@ def test_golden(golden_case, golden_tally):
         pytest.skip(f"not yet built: {why}")
     if name == "shapes": shapes(fam, case, tally, Path(folder))
     elif name == "sampling_tables": sampling_tables(fam, case, tally)
+    elif name == "buckets": buckets(fam, case, tally)
     elif name == "dcae" and "temporal_tile_size" in fam.data.get(case, {}): dcae_frame_counts(fam, case, tally)
     elif case in fam.cases and name in BUILDERS: BUILDERS[name](fam, fam.cases[case], tally)
     else: cannot_build(f"{case!r} of family {name!r}: nobody has taught this test how, and NOT_YET does not list it")
