@@ -57,8 +57,8 @@ class Batch:
     number: int             # in the epoch, from 0
 
 class Epoch:
-    "All batches of one epoch, in order. group: batches of one bucket kept together."
-    def __init__(self, clips: ClipSizes, table: BucketTable, seed: int, epoch: int, group: int = 1):
+    "All batches of one epoch, in order. group: batches of one bucket kept together. offset: batches already in the step in which the epoch begins."
+    def __init__(self, clips: ClipSizes, table: BucketTable, seed: int, epoch: int, group: int = 1, offset: int = 0):
         random = np.random.default_rng((seed, epoch))
         place = assign_many(table, clips.frames, clips.height, clips.width, clips.fps, seed=int(random.integers(2**31)))
         kept = random.permutation(len(place)).astype(np.uint32)
@@ -72,7 +72,7 @@ class Epoch:
         begins = np.cumsum(counts) - counts
         start = begins[whose] + within * sizes[whose]
         stop = np.minimum(start + sizes[whose], (begins + counts)[whose])
-        together = random.permutation(len(whose)) if group == 1 else _shuffled_groups(whose, within // group, random)
+        together = random.permutation(len(whose)) if group == 1 else _in_groups(whose, within // group, group, offset, random)
         self.whose, self.start, self.stop = whose[together], start[together], stop[together]
         self.left_out = int(np.count_nonzero(place < 0))
 
@@ -80,10 +80,15 @@ class Epoch:
 
     def rows(self, number: int) -> np.ndarray: return self.clips[self.start[number] : self.stop[number]].astype(np.int64)
 
-def _shuffled_groups(whose: np.ndarray, part: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    "Batches in an order in which those with the same bucket and part stay together."
-    _, group = np.unique(np.stack([whose, part]), axis=1, return_inverse=True)
-    return np.argsort(random.permutation(group.max() + 1 if len(group) else 0)[group.ravel()], kind="stable")
+def _in_groups(whose: np.ndarray, part: np.ndarray, group: int, offset: int, random: np.random.Generator) -> np.ndarray:
+    "An order of batches: those with the same bucket and part together, where they are `group` many; the others fill up the first step, and stand at the end."
+    _, which, count = np.unique(np.stack([whose, part]), axis=1, return_inverse=True, return_counts=True)
+    which = which.ravel()
+    full = np.argsort(random.permutation(len(count))[which], kind="stable")
+    full = full[count[which[full]] == group]
+    rest = random.permutation(np.flatnonzero(count[which] < group))
+    first = -offset % group
+    return np.concatenate([rest[:first], full, rest[first:]])
 
 # %% ../../nbs/data/20_sampler.ipynb #fe337925
 class BucketSampler:
@@ -95,37 +100,35 @@ class BucketSampler:
     def __init__(self, clips: ClipSizes, table: BucketTable, seed: int = 0, group: int = 1):
         if group < 1: raise ValueError(f"group must be at least 1, got {group}")
         if len(table.buckets) > 2**16: raise UserError(f"a bucket table of {len(table.buckets)} buckets: at most {2**16}")
-        self.clips, self.table, self.seed, self.group, self.epoch, self.number = clips, table, seed, group, 0, 0
+        self.clips, self.table, self.seed, self.group, self.epoch, self.offset, self.number = clips, table, seed, group, 0, 0, 0
         self._made = {}
-        if not len(self._epoch(0)): raise UserError(f"none of {len(clips)} clips fits a bucket: the shortest side, the frames or the table may be wrong (" + _range(clips) + ")")
+        if not len(self._now()): raise UserError(f"none of {len(clips)} clips fits a bucket: the shortest side, the frames or the table may be wrong (" + _range(clips) + ")")
 
-    def _epoch(self, epoch: int) -> Epoch:
-        if epoch not in self._made:
-            if len(self._made) > 1: self._made.pop(min(self._made))
-            self._made[epoch] = Epoch(self.clips, self.table, self.seed, epoch, self.group)
-        return self._made[epoch]
+    def _now(self) -> Epoch:
+        if (key := (self.epoch, self.offset)) not in self._made: self._made = {key: Epoch(self.clips, self.table, self.seed, self.epoch, self.group, self.offset)}
+        return self._made[key]
+
+    def _next(self) -> Batch:
+        if self.number == len(made := self._now()): self.epoch, self.offset, self.number, made = self.epoch + 1, (self.offset + len(made)) % self.group, 0, None
+        made = made or self._now()
+        self.number += 1
+        return Batch(self.table.buckets[made.whose[self.number - 1]], made.rows(self.number - 1), self.epoch, self.number - 1)
 
     def take(self, rank: int = 0, world_size: int = 1) -> Batch:
         "The batch of process `rank` at this step; all processes then stand `world_size` batches further."
         if not 0 <= rank < world_size: raise ValueError(f"rank must be between 0 and {world_size - 1}, got {rank}")
-        mine = None
-        for k in range(world_size):
-            while self.number >= len(self._epoch(self.epoch)): self.epoch, self.number = self.epoch + 1, 0
-            if k == rank: mine = (self.epoch, self.number)
-            self.number += 1
-        made = self._epoch(mine[0])
-        return Batch(self.table.buckets[made.whose[mine[1]]], made.rows(mine[1]), *mine)
+        return [self._next() for _ in range(world_size)][rank]
 
-    def __len__(self) -> int: return len(self._epoch(self.epoch))
+    def __len__(self) -> int: return len(self._now())
 
     @property
     def left_out(self) -> int:
         "Clips that have no place in this epoch."
-        return self._epoch(self.epoch).left_out
+        return self._now().left_out
 
     def state_dict(self) -> dict:
         "Where the sequence stands, for a checkpoint; the same on every process."
-        return dict(epoch=self.epoch, number=self.number, order=self.order)
+        return dict(epoch=self.epoch, offset=self.offset, number=self.number, order=self.order)
 
     @cached_property
     def order(self) -> str:
@@ -137,7 +140,7 @@ class BucketSampler:
     def load_state_dict(self, state: dict) -> None:
         "Goes on where a `state_dict` was taken. Raises UserError where manifest, table, seed or group are others: the position would mean other clips."
         if state["order"] != self.order: raise UserError("the order of batches is another one now: manifest, bucket table, seed or group have changed since the checkpoint; go on with those, or start a new run from its weights")
-        self.epoch, self.number = state["epoch"], state["number"]
+        self.epoch, self.offset, self.number = state["epoch"], state["offset"], state["number"]
 
 def _range(clips: ClipSizes) -> str:
     if not len(clips): return "there are no clips"
