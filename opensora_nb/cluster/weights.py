@@ -61,25 +61,38 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 def _parts(path: Path) -> list[Path]:
     if not path.name.endswith(".index.json"): return [path]
-    return [path.with_name(name) for name in sorted(set(json.loads(path.read_text())["weight_map"].values()))]
+    try: return [path.with_name(name) for name in sorted(set(json.loads(path.read_text())["weight_map"].values()))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:          # not JSON, without the map, or with paths that lead elsewhere
+        raise UserError(f"cannot read the index {path}: {type(error).__name__} {error} (cut off? download it again)") from None
 
 def _opened(file: Path):
     try: return safe_open(file, framework="pt")
-    except FileNotFoundError: raise UserError(f"a part of the weights is missing: {file}") from None
-    except Exception as error: raise UserError(f"cannot read the weights in {file}: {error} (cut off, or not safetensors?)") from None
+    except FileNotFoundError: raise UserError(f"a part of the weights is missing: {file} (download it again)") from None
+    except Exception as error: raise UserError(f"cannot read the weights in {file}: {error} (cut off, or not safetensors? download it again)") from None
 
 # %% ../../nbs/cluster/01_weights.ipynb #2c65e7f6
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
 def read_weights(path: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """All tensors by name, as copies of their own (the file may be replaced afterwards).
+    """All tensors by name, in memory of their own (the file may be replaced afterwards); at no time more than these, and one as it lies in the file.
 
     dtype: floating-point tensors are brought to it one at a time; None keeps the file's.
     """
     weights = {}
     for file in _parts(path):
-        with _opened(file) as f:
-            for name in f.keys():
-                x = f.get_tensor(name)
-                weights[name] = x.to(device=device, dtype=dtype if x.is_floating_point() else None, copy=True)
+        with _opened(file): pass                                                # header and length are in order
+        with file.open("rb") as f:
+            start = 8 + int.from_bytes(f.read(8), "little")
+            entries = {name: entry for name, entry in json.loads(f.read(start - 8)).items() if name != "__metadata__"}
+            for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+                if entry["dtype"] not in _DTYPES: raise UserError(f"{name} in {file} is of type {entry['dtype']}, which is not read here: known are {', '.join(_DTYPES)}")
+                first, last = entry["data_offsets"]
+                x = torch.empty(last - first, dtype=torch.uint8)
+                f.seek(start + first)
+                if f.readinto(x.numpy()) != last - first: raise UserError(f"cannot read the weights in {file}: it ends inside {name} (download it again)")
+                x = x.view(_DTYPES[entry["dtype"]]).view(entry["shape"])
+                weights[name] = x.to(device=device, dtype=dtype if x.is_floating_point() else None)
     return weights
 
 # %% ../../nbs/cluster/01_weights.ipynb #209551de
@@ -92,21 +105,26 @@ def read_config(path: Path, needs: str = "") -> dict | None:
     return found if isinstance(found, dict) and (not needs or needs in found) else None
 
 # %% ../../nbs/cluster/01_weights.ipynb #659933ef
-def load_model(cls: type[torch.nn.Module], path_or_repo: str | Path, cfg: Any, config: Callable[[dict], Any], needs: str, published: str, what: str = "model") -> torch.nn.Module:
-    """`cls(cfg)` in evaluation mode, with weights as float32 from a safetensors file, a folder of them, or a repository of the hub; every name and shape must fit.
+def load_model(cls: type[torch.nn.Module], path_or_repo: str | Path, cfg: Any, config: Callable[[dict], Any], needs: str, published: str, what: str = "model",
+               dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu", guess: Callable[[dict[str, tuple]], Any] | None = None) -> torch.nn.Module:
+    """`cls(cfg)` in evaluation mode, with weights from a safetensors file, a folder of them, or a repository of the hub; every name and shape must fit.
 
-    cfg: None takes it from the config.json beside the weights if that has the key `needs`, else the published model's; `config` makes one of a dict. published: the published weight file's name.
-    what: the model in the words of an error. Raises UserError in one line where nothing is found or the weights are another model's.
+    cfg: None takes it from the config.json beside the weights if that has the key `needs`; `config` makes one of a dict. Without such a file it is what `guess` makes of names and shapes (None: it cannot tell), or, without a guess, the config of an empty dict.
+    published: the published weight file's name. what: the model in the words of an error. dtype, device: where weights go, one at a time; dtype None keeps the file's.
+    Raises UserError in one line where nothing is found or the weights are another model's.
     """
     path = find_weights(path_or_repo, prefer=("model.safetensors", published))
+    there = read_shapes(path)
     try:
-        if cfg is None: cfg = config(read_config(path, needs) or {})
+        if cfg is None: cfg = config(found or {}) if (found := read_config(path, needs)) or not guess else guess(there)
+        if cfg is None: raise UserError(f"no config.json beside {path}, and its shapes are not a published {what}'s: add the config.json it was saved with")
         with torch.device("meta"): model = cls(cfg)
     except (TypeError, ValueError) as e: raise UserError(f"{path.with_name('config.json')} does not describe this {what}: {e}") from e
-    wanted, there = {k: tuple(v.shape) for k, v in model.state_dict().items()}, read_shapes(path)
+    wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     if wrong := sorted(k for k in wanted.keys() | there.keys() if wanted.get(k) != there.get(k)):
-        raise UserError(f"{path.name} does not fit this {what}: {len(wrong)} names or shapes differ, first {wrong[0]} ({there.get(wrong[0])}, not {wanted.get(wrong[0])})")
-    model.load_state_dict(read_weights(path, torch.float32), strict=True, assign=True)
+        raise UserError(f"{path.name} does not fit this {what}: {len(wrong)} names or shapes differ, first {wrong[0]} (in the file {there.get(wrong[0], 'missing')}, "
+                        f"in the model {wanted.get(wrong[0], 'unknown')}): another model's weights, or another config")
+    model.load_state_dict(read_weights(path, dtype, device), strict=True, assign=True)
     return model.eval()
 
 # %% ../../nbs/cluster/01_weights.ipynb #5ed562ab
