@@ -42,22 +42,24 @@ class Truth:
 TILE, FINE = 256, 2                    # the texture tile's side in world units, and its pixels a unit
 
 @lru_cache(maxsize=8)
-def _frequencies() -> tuple[np.ndarray, np.ndarray]:
+def _amplitude(wavelength: float, slope: float, stretch: float) -> np.ndarray:
+    "How strong each frequency is; rows: vertical, columns: horizontal."
     f = np.fft.fftfreq(TILE * FINE, 1 / FINE)                          # cycles a unit
-    return np.meshgrid(f, f[: TILE * FINE // 2 + 1], indexing="ij")    # rows: vertical, columns: horizontal
-
-def _field(rng: np.random.Generator, wavelength: float, slope: float, stretch: float = 1.0) -> np.ndarray:
-    "Noise with unit variance, hardly anything finer than `wavelength` units, stretched along x."
-    fy, fx = _frequencies()
+    fy, fx = np.meshgrid(f, f[: TILE * FINE // 2 + 1], indexing="ij")
     f = np.hypot(fy, np.abs(fx) * stretch)
     amplitude = (f + 1 / 48) ** -slope * np.exp(-(f * wavelength) ** 2)
     amplitude[0, 0] = 0
+    return amplitude
+
+def _field(rng: np.random.Generator, wavelength: float, slope: float, stretch: float = 1.0) -> np.ndarray:
+    "Noise with unit variance, hardly anything finer than `wavelength` units, stretched along x."
     noise = np.fft.rfft2(rng.standard_normal((TILE * FINE, TILE * FINE), dtype=np.float32))
-    field = np.fft.irfft2(noise * amplitude, s=(TILE * FINE, TILE * FINE))
+    field = np.fft.irfft2(noise * _amplitude(wavelength, slope, stretch), s=(TILE * FINE, TILE * FINE))
     return (field / field.std()).astype(np.float32)
 
+@lru_cache(maxsize=8)                                                  # a clip asks twice: for its pace, and for its pictures
 def texture(kind: str, seed: int) -> np.ndarray:
-    "A wrapping tile `(512, 512, 3)`, uint8 RGB, two pixels a world unit."
+    "A wrapping tile `(512, 512, 3)`, uint8 RGB, two pixels a world unit; read-only."
     rng = np.random.default_rng((seed, 1))
     wavelength, slope, stretch = dict(clouds=(13.0, 1.1, 1), sand=(9.5, 0.8, 1), grass=(8.5, 0.8, 0.45), waves=(9.5, 0.9, 2.2), marble=(14.0, 1.4, 1))[kind]
     field = _field(rng, wavelength, slope, stretch)
@@ -66,7 +68,9 @@ def texture(kind: str, seed: int) -> np.ndarray:
     mean = np.array(BACKGROUNDS[kind], np.float32)
     rgb = mean + 27 * field[..., None] * (mean / mean.mean()) + 10 * tint[..., None] * np.array([1.0, 0.1, -1.0], np.float32)
     rgb += rng.normal(0, 5, field.shape)[..., None]                        # grain
-    return np.clip(rgb, 0, 255).astype(np.uint8)
+    tile = np.clip(rgb, 0, 255).astype(np.uint8)
+    tile.flags.writeable = False
+    return tile
 
 # %% ../../nbs/data/01_world.ipynb #91536b86
 FLOOR, HZ = 52, 240                    # height of the floor (y downwards), simulation steps a world second
