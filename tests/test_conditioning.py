@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from opensora_nb.cluster.files import UserError
-from opensora_nb.mmdit.conditioning import (ALL_KINDS, HEAD_ONLY, KINDS, drop_text, fits, given_frames, hold_ends, image_condition, image_size, latent_frames, model_inputs, noise_shape, pack,
+from opensora_nb.mmdit.conditioning import (ALL_KINDS, HEAD_ONLY, KINDS, cached_references, check_weights, drop_text, fits, given_frames, hold_ends, image_condition, image_size, latent_frames, model_inputs, noise_shape, pack,
                                             position_ids, reference_latents, round_size, sample_condition_kinds, training_condition, unpack)
 from opensora_nb.mmdit.model import MMDiT, MMDiTConfig
 
@@ -95,6 +95,29 @@ def test_references_are_the_clips_own_first_and_last_frames_in_the_right_rows():
     cond = training_condition(video, noise(4, 3, 3, 4, 4).bfloat16(), kinds, encode)
     assert cond.shape == (4, 4, 3, 4, 4) and cond.dtype == torch.bfloat16
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_encoded_beforehand_is_encoded_now(kind):
+    "For an autoencoder that is not causal, a cache of latents with first and last frames holds all that any kind is given."
+    def encode(x): return x.mean((3, 4), keepdim=True).expand(-1, -1, -1, 2, 2) if x.shape[2] == 1 else x.unflatten(2, (-1, 4)).mean((3, 4, 5)).view(*x.shape[:2], -1, 1, 1).expand(-1, -1, -1, 2, 2)
+    video, kinds = noise(3, 3, 72, 2, 2), [kind, "i2v_loop", "v2v_tail"]
+    latent = encode(video)
+    refs = cached_references(latent, encode(video[:, :, :1]), encode(video[:, :, -1:]), kinds)
+    assert torch.equal(image_condition(latent.shape, refs, kinds), training_condition(video, latent, kinds, encode))
+    assert cached_references(latent[:, :, :1], latent, latent, kinds) == {}
+
+def test_every_kind_can_be_trained_on_cached_latents():
+    from dataclasses import replace
+    from opensora_nb.training.diffusion import DiffusionRecipe, LatentCache, diffusion_loss
+    cfg = MMDiTConfig(in_channels=3, patch_size=1, context_in_dim=6, vec_in_dim=5, hidden_size=32, num_heads=2, depth=1, depth_single_blocks=1, axes_dim=(4, 6, 6))
+    torch.manual_seed(0)
+    model, cache = MMDiT(cfg), LatentCache(noise(2, 3, 20, 2, 2), noise(2, 3, 1, 2, 2), noise(2, 3, 1, 2, 2), noise(2, 1, 4, 6), noise(2, 1, 5), noise(1, 4, 6), noise(1, 5))
+    for kind in KINDS:
+        recipe = DiffusionRecipe(cfg, condition_weights={kind: 1.0})
+        for cached in (cache, replace(cache, latents=cache.latents[:, :, :2])):                   # too short for a stretch: nothing is given
+            assert diffusion_loss(model, cached, [0, 1], recipe, torch.Generator().manual_seed(0))["loss"].isfinite()
+    with pytest.raises(UserError, match="unknown condition kinds i2v_middle"): DiffusionRecipe(cfg, condition_weights=dict(i2v_middle=1))      # before anything is read or made
+    with pytest.raises(ValueError, match="drop_text"): DiffusionRecipe(cfg, drop_text=1.5)
+
 def test_an_image_in_training_is_never_encoded_twice():
     def encode(x): raise AssertionError("nothing was asked for")
     assert training_condition(noise(2, 3, 1, 4, 4), noise(2, 3, 1, 4, 4), ["i2v_head"] * 2, encode).eq(0).all()
@@ -125,10 +148,11 @@ def test_same_seed_same_kinds():
     a, b = (sample_condition_kinds(50, torch.Generator().manual_seed(5), ALL_KINDS) for _ in range(2))
     assert a == b
 
-@pytest.mark.parametrize("weights", ({}, {"t2v": 0}, {"t2v": -1, "i2v_head": 2}, {"v2v_headd": 1}))
+@pytest.mark.parametrize("weights", ({}, {"t2v": 0}, {"t2v": -1, "i2v_head": 2}, {"v2v_headd": 1}, {"t2v": float("nan")}, {"t2v": float("inf")}))
 def test_weights_that_mean_nothing_are_refused_in_one_line(weights):
-    with pytest.raises(UserError) as e: sample_condition_kinds(1, weights=weights)
-    assert "\n" not in str(e.value)
+    for call in (lambda: sample_condition_kinds(1, weights=weights), lambda: check_weights(weights)):
+        with pytest.raises(UserError) as e: call()
+        assert "\n" not in str(e.value)
 
 def test_text_encodings_are_dropped_independently_and_whole():
     n = 20_000

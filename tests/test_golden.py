@@ -292,7 +292,7 @@ def train_condition(fam, case, tally):
     latent = encode(held)
     cond = training_condition(held, latent, [kind] * len(video), encode, causal)
     made = {"x_0": latent, "cond": cond}
-    if hold and -1 in given_frames(kind):          # the release takes the tail's image 7 frames before the end of the clip it was given, ours is the held clip's last frame
+    if hold and given_frames(kind).get(-1) == 1:   # the release takes the tail's image 7 frames before the end of the clip it was given, ours is the held clip's last frame
         theirs = cond.clone(); theirs[:, 1:, -1] = encode(video[:, :, -7:-6])[:, :, 0]
         assert torch.equal(cond[:, 1:, -1], encode(held[:, :, -1:])[:, :, 0])
         if not torch.equal(theirs, cond): made["cond"] = theirs; tally["known differences"] += 1

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'HEAD_ONLY', 'ALL_KINDS', 'DROP_TEXT', 'pack', 'unpack', 'position_ids', 'text_ids', 'given_frames', 'fits',
-           'image_condition', 'reference_latents', 'training_condition', 'hold_ends', 'sample_condition_kinds',
-           'sample_condition_kind', 'drop_text', 'model_inputs', 'image_size', 'round_size', 'latent_frames',
-           'noise_shape']
+           'image_condition', 'reference_latents', 'cached_references', 'training_condition', 'hold_ends',
+           'check_weights', 'sample_condition_kinds', 'sample_condition_kind', 'drop_text', 'model_inputs',
+           'image_size', 'round_size', 'latent_frames', 'noise_shape']
 
 # %% ../../nbs/mmdit/05_conditioning.ipynb #9d92fe89
 import math
@@ -89,6 +89,13 @@ def image_condition(latent_shape: Sequence[int], refs: Mapping[int, Tensor], kin
     return cond
 
 # %% ../../nbs/mmdit/05_conditioning.ipynb #7b93d993
+def _wanted(kinds: Sequence[str], causal: bool) -> list[tuple[int, int, int]]:
+    "(row, end, how many latent frames) of all that these kinds are given."
+    return [(row, end, n) for row, kind in enumerate(kinds) for end, n in given_frames(kind, causal).items()]
+
+def _room(latent: Tensor, wanted: list[tuple[int, int, int]]) -> dict[int, Tensor]:
+    return {end: latent.new_zeros(*latent.shape[:2], max(n for _, e, n in wanted if e == end), *latent.shape[3:]) for end in {end for _, end, _ in wanted}}
+
 def reference_latents(video: Tensor, latent: Tensor, kinds: Sequence[str], encode: Callable[[Tensor], Tensor], causal: bool = False) -> dict[int, Tensor]:
     """What a batch's kinds are given, by end as `image_condition` takes it: `(B, C, n, H', W')`; rows that ask for nothing are zero.
 
@@ -96,8 +103,7 @@ def reference_latents(video: Tensor, latent: Tensor, kinds: Sequence[str], encod
     causal, with the wanted stretches of each length.
     """
     if latent.shape[2] == 1: return {}
-    wanted = [(row, end, n) for row, kind in enumerate(kinds) for end, n in given_frames(kind, causal).items()]
-    refs = {end: latent.new_zeros(*latent.shape[:2], max(n for _, e, n in wanted if e == end), *latent.shape[3:]) for end in {end for _, end, _ in wanted}}
+    refs = _room(latent, wanted := _wanted(kinds, causal))
     for n in sorted({n for *_, n in wanted}):
         these = [(row, end) for row, end, m in wanted if m == n]
         if n > 1 and not causal: made = [latent[row, :, _stretch(end, n)] for row, end in these]
@@ -105,6 +111,16 @@ def reference_latents(video: Tensor, latent: Tensor, kinds: Sequence[str], encod
             frames = 1 if n == 1 else (n - 1) * 4 + 1                    # of the clip: one, then groups of four
             made = encode(torch.stack([video[row, :, _stretch(end, frames)] for row, end in these])).to(latent)
         for (row, end), x in zip(these, made): refs[end][row][:, _stretch(end, n)] = x
+    return refs
+
+def cached_references(latent: Tensor, first: Tensor, last: Tensor, kinds: Sequence[str]) -> dict[int, Tensor]:
+    """The same where everything was encoded beforehand, by an autoencoder that is not causal: images are `first` and `last`, stretches are copied from the clip's latent.
+
+    latent: `(B, C, T', H', W')`. first, last: the clips' first and last frames, encoded as images, `(B, C, 1, H', W')`.
+    """
+    if latent.shape[2] == 1: return {}
+    refs = _room(latent, wanted := _wanted(kinds, causal=False))
+    for row, end, n in wanted: refs[end][row][:, _stretch(end, n)] = latent[row, :, _stretch(end, n)] if n > 1 else (last if end else first)[row].to(latent)
     return refs
 
 # %% ../../nbs/mmdit/05_conditioning.ipynb #58eb0ba2
@@ -125,15 +141,19 @@ def hold_ends(video: Tensor, kind: str, frames: int = 3) -> Tensor:
 HEAD_ONLY = dict(t2v=1, i2v_head=7)                               # high compression
 ALL_KINDS = dict(t2v=1, i2v_head=5, i2v_loop=1, i2v_tail=1)       # the image-to-video stages on the 8x autoencoder
 
+def check_weights(weights: Mapping[str, float]) -> None:
+    "Raises UserError in one line for a kind that nobody knows, and for weights that are negative or all zero."
+    if unknown := sorted(weights.keys() - KINDS.keys()): raise UserError(f"unknown condition kinds {', '.join(unknown)}; known are {', '.join(KINDS)}")
+    if not all(0 <= w < math.inf for w in weights.values()) or not sum(weights.values()) > 0: raise UserError(f"weights of condition kinds must be numbers not below 0, and not all zero: {dict(weights)}")
+
 def sample_condition_kinds(n: int, generator: torch.Generator | None = None, weights: Mapping[str, float] = HEAD_ONLY, latent_frames: int | None = None,
                            causal: bool = False) -> list[str]:
     """A kind for each of n samples, drawn independently by weight (weights need not add up to 1).
 
     latent_frames: of these clips; kinds that would leave nothing to generate are not drawn (if none is left: t2v). causal: of the autoencoder.
-    Raises UserError for a kind that nobody knows, and for weights that are negative or all zero.
+    Raises UserError as `check_weights` does.
     """
-    if unknown := sorted(weights.keys() - KINDS.keys()): raise UserError(f"unknown condition kinds {', '.join(unknown)}; known are {', '.join(KINDS)}")
-    if min(weights.values(), default=0) < 0 or sum(weights.values()) <= 0: raise UserError(f"weights of condition kinds must not be negative, and not all zero: {dict(weights)}")
+    check_weights(weights)
     names = [k for k in weights if weights[k] > 0 and (latent_frames is None or fits(k, latent_frames, causal))] or ["t2v"]
     share = torch.tensor([float(weights.get(k, 1)) for k in names], device=generator.device if generator else "cpu")
     return [names[i] for i in torch.multinomial(share, n, replacement=True, generator=generator).tolist()]

@@ -17,7 +17,7 @@ from ..cluster.files import UserError, existing, whole
 from ..data.cache import ClipCache
 from ..flow.matching import flow_loss, interpolate, target_velocity
 from ..flow.schedule import sample_training_t, shift_alpha, tokens_per_frame
-from ..mmdit.conditioning import DROP_TEXT, HEAD_ONLY, drop_text, image_condition, model_inputs, pack, sample_condition_kinds
+from ..mmdit.conditioning import DROP_TEXT, HEAD_ONLY, cached_references, check_weights, drop_text, image_condition, model_inputs, pack, sample_condition_kinds
 from ..mmdit.model import MMDiT, MMDiTConfig, pocket
 from ..mmdit.text import TextEncoder, decorate
 from .autoencoder import to_video
@@ -106,6 +106,10 @@ class DiffusionRecipe:
     condition_weights: dict[str, float] = field(default_factory=lambda: dict(HEAD_ONLY))   # how often each kind of image condition is drawn
     drop_text: float = DROP_TEXT       # chance that an encoding is replaced by the empty text's, each of the two by itself
 
+    def __post_init__(self):
+        check_weights(self.condition_weights)
+        if not 0 <= self.drop_text <= 1: raise ValueError(f"drop_text is a chance, 0 to 1, got {self.drop_text}")
+
 def pocket_recipe() -> DiffusionRecipe:
     "5.2 million parameters, 512 video tokens; a quarter of the samples without image, because nobody lends us a text-to-image model to start from."
     return DiffusionRecipe(pocket(), LoopConfig(steps=2000, batch_size=8, lr=2e-3, warmup=50, final_lr=0.05, betas=(0.9, 0.99), eps=1e-8, ema=0.995, save_every=100),
@@ -117,8 +121,8 @@ def diffusion_loss(model: MMDiT, cache: LatentCache, indices: list[int], recipe:
     B, C, T, H, W = x0.shape
     form = torch.randint(cache.tokens.shape[1], (B,), generator=generator)
     tokens, pooled = drop_text(cache.tokens[indices, form].float(), cache.pooled[indices, form].float(), cache.null_tokens.float(), cache.null_pooled.float(), recipe.drop_text, generator)
-    kinds = sample_condition_kinds(B, generator, recipe.condition_weights)
-    cond = image_condition(x0.shape, {0: cache.first[indices].float(), -1: cache.last[indices].float()}, kinds)
+    kinds = sample_condition_kinds(B, generator, recipe.condition_weights, T)
+    cond = image_condition(x0.shape, cached_references(x0, cache.first[indices], cache.last[indices], kinds), kinds, dtype=x0.dtype)
     patch = model.cfg.patch_size
     t = sample_training_t(B, shift_alpha(tokens_per_frame(H, W, patch), T), generator)
     x1 = torch.randn(x0.shape, generator=generator)
