@@ -61,6 +61,7 @@ class Diffusers(nn.Module):
         cfg, self.scale, self.shift = model.cfg, model.scaling_factor, model.shift_factor
         self.net = AutoencoderKLHunyuanVideo(latent_channels=cfg.latent_channels, block_out_channels=cfg.block_out_channels, layers_per_block=cfg.layers_per_block, norm_num_groups=cfg.norm_num_groups,
                                              scaling_factor=cfg.scaling_factor, spatial_compression_ratio=cfg.spatial_compression, temporal_compression_ratio=cfg.temporal_compression).eval()
+        self.net.use_framewise_encoding = self.net.use_framewise_decoding = False      # else clips of more than 16 frames go in tiles of time, and that is another result
         weights = model.state_dict()
         self.net.load_state_dict({name: weights[name].reshape(x.shape).clone() for name, x in self.net.state_dict().items()})
 

@@ -78,7 +78,7 @@ def pocket_f16() -> VideoDCAEConfig:
 def pocket_dcae_f16() -> AutoencoderRecipe:
     "The higher compression of 4.3 at pocket size: 16 x 16 x 4."
     recipe = pocket_dcae()
-    return replace(recipe, model=pocket_f16(), loop=replace(recipe.loop, steps=3000))
+    return replace(recipe, model=pocket_f16(), loop=replace(recipe.loop, steps=4400))
 
 def pocket_dcae_gan() -> AutoencoderRecipe:
     "Second phase at pocket size, on the weights of the first: a discriminator of 0.3 million parameters that sees 47 of the 64 pixels."
