@@ -141,7 +141,7 @@ def test_the_recipes_are_the_reports():
 
 def test_the_pocket_recipes_halve_once_more_or_add_the_adversary():
     pocket, f16, gan = (RECIPES[name]() for name in ("pocket_dcae", "pocket_dcae_f16", "pocket_dcae_gan"))
-    assert (pocket.loop.steps, f16.loop.steps) == (5200, 3000) and (pocket.num_frames, pocket.size) == (12, 64)
+    assert (pocket.loop.steps, f16.loop.steps) == (5200, 4400) and (pocket.num_frames, pocket.size) == (12, 64)
     shapes = [VideoDCAE(r.model).latent_shape(32, 64, 64) for r in (pocket, f16)]
     assert shapes == [(16, 8, 8, 8), (64, 8, 4, 4)] and np.prod(shapes[0]) == np.prod(shapes[1])
     assert replace(gan, adversarial=None, loop=pocket.loop) == pocket and gan.adversarial.weight == 0.05 and 2 ** gan.adversarial.layers <= 64
