@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..cluster.files import UserError
+from .kernels import Linear
 
 # %% ../../nbs/mmdit/02_attention.ipynb #eb2eeda1
 class Gain(nn.Module):
@@ -35,10 +36,10 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, fused: bool = False):
         super().__init__()
         self.num_heads, self.fused = num_heads, fused
-        if fused: self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)       # rows: q, k, v, each (head, channel)
-        else: self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim, bias=qkv_bias) for _ in range(3))
+        if fused: self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)       # rows: q, k, v, each (head, channel)
+        else: self.q_proj, self.k_proj, self.v_proj = (Linear(dim, dim, bias=qkv_bias) for _ in range(3))
         self.norm = QKNorm(dim // num_heads)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "Queries, keys, values, each `(B, L, N, d)`; not normed yet."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EPS', 'constexpr', 'ROWS', 'PLAIN', 'TRITON', 'modulate', 'norm_rotate', 'gated_add', 'launch', 'triton_modulate',
-           'triton_norm_rotate', 'triton_gated_add', 'Kernels', 'choose_kernels']
+           'triton_norm_rotate', 'triton_gated_add', 'Linear', 'Kernels', 'choose_kernels']
 
 # %% ../../nbs/mmdit/01_kernels.ipynb #c3392017
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..cluster.files import UserError
 from .rope import rotate
@@ -234,6 +234,34 @@ class _GatedAdd(torch.autograd.Function):
 def triton_gated_add(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     "`gated_add` in one kernel, and in one backwards."
     return _GatedAdd.apply(x, gate, y)
+
+# %% ../../nbs/mmdit/01_kernels.ipynb #d43a514d
+@torch.library.custom_op("opensora_nb::linear", mutates_args=())
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+@_linear.register_fake
+def _(x, weight, bias): return x.new_empty(*x.shape[:-1], len(weight))
+
+class _OneDNNLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        ctx.biased = bias is not None
+        return _linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        needs, rows = ctx.needs_input_grad, dy.flatten(0, -2)
+        return (_linear(dy.contiguous(), weight.t().contiguous(), None) if needs[0] else None, rows.t() @ x.flatten(0, -2) if needs[1] else None, rows.sum(0) if ctx.biased and needs[2] else None)
+
+class Linear(nn.Linear):
+    "PyTorch's layer, which oneDNN computes where `onednn` says so and it can: float32 on a processor."
+    onednn = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.onednn or x.device.type != "cpu" or x.dtype != torch.float32 or self.weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"): return super().forward(x)
+        return _OneDNNLinear.apply(x, self.weight, self.bias)
 
 # %% ../../nbs/mmdit/01_kernels.ipynb #143a4e3a
 @dataclass(frozen=True)

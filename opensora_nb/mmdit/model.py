@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..cluster.files import UserError
 from ..cluster.weights import load_model, save_weights
 from .attention import QKNorm, SelfAttention, attention, check_backend
-from .kernels import PLAIN, choose_kernels
+from .kernels import PLAIN, Linear, choose_kernels
 from .rope import rope_table
 
 # %% ../../nbs/mmdit/03_model.ipynb #1b74c84c
@@ -111,7 +111,7 @@ class MLPEmbedder(nn.Module):
     "Linear, SiLU, linear: a vector `(B, in_dim)` brought to width `(B, D)`."
     def __init__(self, in_dim: int, dim: int):
         super().__init__()
-        self.in_layer, self.out_layer = nn.Linear(in_dim, dim), nn.Linear(dim, dim)
+        self.in_layer, self.out_layer = Linear(in_dim, dim), Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor: return self.out_layer(F.silu(self.in_layer(x)))
 
@@ -120,7 +120,7 @@ class Modulation(nn.Module):
     "Shift, scale and gate, each `(B, 1, D)`, for `parts` sub-layers, made from the vector of time and text `(B, D)`."
     def __init__(self, dim: int, parts: int):
         super().__init__()
-        self.lin = nn.Linear(dim, 3 * parts * dim)
+        self.lin = Linear(dim, 3 * parts * dim)
         self.parts = parts
 
     def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
@@ -137,10 +137,10 @@ class DoubleBlock(nn.Module):
         self.rope_layout = cfg.rope_layout
         self.img_mod = Modulation(dim, 2)
         self.img_attn = SelfAttention(dim, cfg.num_heads, cfg.qkv_bias, cfg.fused_qkv)
-        self.img_mlp = nn.Sequential(nn.Linear(dim, wide), nn.GELU("tanh"), nn.Linear(wide, dim))
+        self.img_mlp = nn.Sequential(Linear(dim, wide), nn.GELU("tanh"), Linear(wide, dim))
         self.txt_mod = Modulation(dim, 2)
         self.txt_attn = SelfAttention(dim, cfg.num_heads, cfg.qkv_bias, cfg.fused_qkv)
-        self.txt_mlp = nn.Sequential(nn.Linear(dim, wide), nn.GELU("tanh"), nn.Linear(wide, dim))
+        self.txt_mlp = nn.Sequential(Linear(dim, wide), nn.GELU("tanh"), Linear(wide, dim))
 
     def forward(self, img: Tensor, txt: Tensor, vec: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         i_shift1, i_scale1, i_gate1, i_shift2, i_scale2, i_gate2 = self.img_mod(vec)
@@ -170,9 +170,9 @@ class SingleBlock(nn.Module):
         super().__init__()
         dim, wide = cfg.hidden_size, int(cfg.hidden_size * cfg.mlp_ratio)
         self.num_heads, self.fused, self.rope_layout, self.widths = cfg.num_heads, cfg.fused_qkv, cfg.rope_layout, (dim, wide)
-        if self.fused: self.linear1 = nn.Linear(dim, 3 * dim + wide)              # rows: q, k, v, feed-forward
-        else: self.q_proj, self.k_proj, self.v_mlp = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim + wide)
-        self.linear2 = nn.Linear(dim + wide, dim)
+        if self.fused: self.linear1 = Linear(dim, 3 * dim + wide)              # rows: q, k, v, feed-forward
+        else: self.q_proj, self.k_proj, self.v_mlp = Linear(dim, dim), Linear(dim, dim), Linear(dim, dim + wide)
+        self.linear2 = Linear(dim + wide, dim)
         self.norm = QKNorm(dim // cfg.num_heads)
         self.modulation = Modulation(dim, 1)
 
@@ -219,8 +219,8 @@ class FinalLayer(nn.Module):
 
     def __init__(self, cfg: MMDiTConfig):
         super().__init__()
-        self.linear = nn.Linear(cfg.hidden_size, cfg.in_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.hidden_size, 2 * cfg.hidden_size))
+        self.linear = Linear(cfg.hidden_size, cfg.in_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(cfg.hidden_size, 2 * cfg.hidden_size))
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, -1)
@@ -232,12 +232,12 @@ class MMDiT(nn.Module):
     def __init__(self, cfg: MMDiTConfig = MMDiTConfig()):
         super().__init__()
         self.cfg, dim = cfg, cfg.hidden_size
-        self.img_in = nn.Linear(cfg.in_channels, dim)
+        self.img_in = Linear(cfg.in_channels, dim)
         self.time_in = MLPEmbedder(256, dim)
         self.vector_in = MLPEmbedder(cfg.vec_in_dim, dim)
         if cfg.guidance_embed: self.guidance_in = MLPEmbedder(256, dim)
-        if cfg.cond_embed: self.cond_in = nn.Linear(cfg.cond_channels, dim)
-        self.txt_in = nn.Linear(cfg.context_in_dim, dim)
+        if cfg.cond_embed: self.cond_in = Linear(cfg.cond_channels, dim)
+        self.txt_in = Linear(cfg.context_in_dim, dim)
         self.double_blocks = nn.ModuleList(DoubleBlock(cfg) for _ in range(cfg.depth))
         self.single_blocks = nn.ModuleList(SingleBlock(cfg) for _ in range(cfg.depth_single_blocks))
         self.final_layer = FinalLayer(cfg)
@@ -266,17 +266,20 @@ class MMDiT(nn.Module):
         for block in self.single_blocks: x = block(x, vec, rope)
         return self.final_layer(x[:, words:], vec)
 
-    def use(self, kernels: str = "torch", attention: str = "sdpa", compile: bool = False) -> "MMDiT":
+    def use(self, kernels: str = "torch", attention: str = "sdpa", matrices: str = "torch", compile: bool = False) -> "MMDiT":
         """The model itself, which from now on computes the same in another way.
 
-        kernels: of the small steps, "torch" or "triton". attention: "sdpa", "cudnn", "flash" or "flex". compile: `torch.compile` each block; its first call for each kind of shape takes long.
+        kernels: of the small steps, "torch" or "triton". attention: "sdpa", "cudnn", "flash" or "flex". matrices: on a processor, "torch" or "onednn". compile: `torch.compile` each block; its first call for each kind of shape takes long.
         Raises UserError for what is not installed or cannot run on this machine.
         """
         if compile and kernels != "torch": raise UserError(f"compile makes kernels of its own from those of 'torch': leave out either compile or kernels {kernels!r}")
+        if matrices not in ("torch", "onednn") or matrices == "onednn" and not torch.backends.mkldnn.is_available(): raise UserError(f"matrices are 'torch', or 'onednn' where this PyTorch has it, not {matrices!r}")
         chosen, backend = choose_kernels(kernels), check_backend(attention)
         for block in (*self.double_blocks, *self.single_blocks, self.final_layer):
             block.kernels, block.backend, block._compiled_call_impl = chosen, backend, None
             if compile: block.compile()
+        for layer in self.modules():
+            if isinstance(layer, Linear): layer.onednn = matrices == "onednn"
         return self
 
     @classmethod
@@ -316,6 +319,7 @@ def check_inputs(cfg: MMDiTConfig, img: Tensor, img_ids: Tensor, txt: Tensor, tx
 @torch.no_grad()
 def init_weights(model: MMDiT) -> None:
     "The start for training from scratch: Xavier matrices, and zeros where a new part must not disturb (adaLN-zero, condition)."
+    if model.img_in.weight.is_meta: return                                        # shapes only: weights are about to be read
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

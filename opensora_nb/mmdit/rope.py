@@ -48,10 +48,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str = "half") -> Tensor:
     """
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)      # the same turn for every head
     if layout == "half":
-        first, second = x.chunk(2, -1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+        cos, sin, partner = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1), x.roll(x.shape[-1] // 2, -1)
+        return torch.addcmul(x * cos, partner.to(cos.dtype), sin).to(x.dtype)
     if layout != "interleaved": raise ValueError(f"layout is 'half' or 'interleaved', not {layout!r}")
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if not torch.compiler.is_compiling(): return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
+    first, second = pairs.unbind(-1)                     # the same for the compiler, which knows no complex numbers
     return torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2).to(x.dtype)
 
 # %% ../../nbs/mmdit/00_rope.ipynb #d3d8928b
