@@ -191,6 +191,13 @@ def test_what_no_other_clip_would_change_ends_the_run_in_one_line(tmp_path, answ
     assert {k: v for k, v in everything(folder).items() if "sqlite" not in k} == before           # the table is as it was
     with serving() as (http, server): assert run(folder, http).known >= 1 and len(server.asked) <= 8       # what was answered is not asked again
 
+def test_refused_clips_in_a_row_do_not_end_a_run_that_has_captions(tmp_path):
+    folder = collection(tmp_path, clips=8)
+    with serving(lambda h, number, about: h.well(about) if about == 0 else h.say(b"", 400)) as (http, server):
+        assert run(folder, replace(http, parallel=1), give_up=3).failed == dict(request=8)
+        assert run(folder, replace(http, parallel=1), give_up=3).failed == dict(request=8) and len(server.asked) == 17      # the second one begins with them
+    with serving(lambda h, number, about: h.say(b"", 400)) as (http, server), pytest.raises(UserError, match="HTTP 400"): run(folder, replace(http, model="other"), give_up=3, redo=True)
+
 def test_a_server_that_never_answers_well_is_given_up(tmp_path):
     folder = collection(tmp_path, clips=8)
     with serving(lambda h, number, about: h.say(b"", 500)) as (http, server):
@@ -230,6 +237,15 @@ def test_retry_after_is_kept_to_as_seconds_and_as_a_date(tmp_path):
     with serving(plan) as (http, server): assert run(folder, replace(http, parallel=1)).new == 2
     assert len(sent) == 2 and all(server.seen[k]["at"] >= until for until, k in sent)
 
+
+def test_a_slow_servers_limit_costs_no_clip(tmp_path):
+    "It takes a request each 50 ms and answers 429 to all others: many of them a clip, though each may fail only once."
+    folder, free = collection(tmp_path, clips=8), [0.0]
+    def plan(h, number, about):
+        with h.server.lock: now = time.monotonic(); fits = now >= free[0]; free[0] = now + 0.05 if fits else free[0]
+        h.well(about) if fits else h.say(b"", 429, Retry_After="0.06")
+    with serving(plan) as (http, server): report = run(folder, replace(http, parallel=6, tries=1))
+    assert report.new == 9 and not report.failed and report.counts["requests"] == len(server.asked)
 
 # ---- the key ----
 def test_the_key_is_in_the_authorization_header_and_nowhere_else(tmp_path, monkeypatch, capsys):

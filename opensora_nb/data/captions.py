@@ -9,7 +9,7 @@ __all__ = ['ASPECTS', 'FAULTS', 'MARK', 'prompt_for', 'FrameConfig', 'Clip', 'sp
            'CaptionConfig', 'make_captioner', 'CaptionReport', 'caption_manifest', 'with_suffix']
 
 # %% ../../nbs/data/17_captions.ipynb #ace867ee
-import base64, hashlib, http.client, ipaddress, json, math, os, random, re, socket, threading, time, unicodedata
+import base64, hashlib, http.client, ipaddress, json, math, os, random, re, socket, ssl, threading, time, unicodedata
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
@@ -222,7 +222,7 @@ class HttpConfig:
     parallel: int = 8              # requests in flight
     per_minute: float = 0          # requests a minute, evenly spaced; 0: no limit
     timeout_s: float = 120         # seconds for a whole answer
-    tries: int = 6                 # times that a clip is asked for before it fails
+    tries: int = 6                 # failures after which a clip is given up; pauses that the server asks for are none
     backoff_s: float = 1           # seconds before the second try; doubled for each further one
     max_wait_s: float = 300        # the longest pause; a server that asks for a longer one ends the run
     max_tokens: int = 400          # of an answer
@@ -364,18 +364,21 @@ class HttpCaptioner(Captioner):
         return json.dumps({k: v for k, v in request.items() if v is not None}).encode()
 
     def _ask(self, body: bytes) -> str | Fault:
-        "Asks until there is an answer, `tries` times at most."
-        for attempt in range(self.cfg.tries):
+        "Asks until there is an answer: until `tries` of them were none. Pauses that the server asks for are no failures; there may be twenty times as many."
+        failed = paused = 0
+        while failed < self.cfg.tries and paused < 20 * self.cfg.tries:
             self.pace.wait()
             self._count(requests=1)
             try: return self._judged(*self.wire.post(body))
-            except (OSError, http.client.HTTPException) as error: trouble, pause = _Trouble(*_lost(error)), None
-            except _Trouble as error: trouble, pause = error, error.pause
+            except ssl.SSLCertVerificationError as error: raise UserError(f"{self.cfg.base_url} has a certificate that is not trusted here ({error.verify_message})") from None
+            except (OSError, http.client.HTTPException) as error: trouble = _Trouble(*_lost(error))
+            except _Trouble as error: trouble = error
             if self.pace.stopped.is_set(): raise Stopped
             self._count(**{trouble.kind: 1})
-            if pause is not None: self._pause(pause)
-            elif attempt + 1 < self.cfg.tries: self.pace.stopped.wait(min(self.cfg.backoff_s * 2**attempt, self.cfg.max_wait_s) * random.uniform(0.5, 1))
-        return Fault("server", f"{self.cfg.tries} tries, the last: {trouble}")
+            if trouble.pause is not None: paused += 1; self._pause(trouble.pause); continue
+            failed += 1
+            if failed < self.cfg.tries: self.pace.stopped.wait(min(self.cfg.backoff_s * 2 ** (failed - 1), self.cfg.max_wait_s) * random.uniform(0.5, 1))
+        return Fault("server", f"{failed + paused} tries, the last: {trouble}")
 
     def _pause(self, seconds: float) -> None:
         if seconds > self.cfg.max_wait_s: raise UserError(f"{self.cfg.base_url} asks for a pause of {seconds:.0f} s, longer than max_wait_s ({self.cfg.max_wait_s:g}): run the same command again later")
@@ -410,6 +413,7 @@ class HttpCaptioner(Captioner):
     def _count(self, **more: int) -> None:
         with self._lock: self.counts.update(more)
 
+# %% ../../nbs/data/17_captions.ipynb #f73f7617
 class _Trouble(Exception):
     "An answer that another try may better; `pause`: what the server asks for."
     def __init__(self, kind: str, detail: str = "", pause: float | None = None): self.kind, self.detail, self.pause = kind, detail, pause
@@ -529,6 +533,7 @@ class LocalCaptioner(Captioner):
         texts = self.inputs.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [text if int(row[-1]) in ended or not text.strip() else whole_sentences(text) for text, row in zip(texts, ids)]
 
+# %% ../../nbs/data/17_captions.ipynb #2d899be6
 def _load_local(cfg: LocalConfig) -> tuple[Any, Any, str]:
     "Input maker, model and device."
     if not cfg.model: raise UserError("the local captioner needs a model: local.model, a folder or a name on the hub")
@@ -570,7 +575,7 @@ class CaptionConfig:
     local: LocalConfig = LocalConfig()                 # the model on this machine
     truth: Path | None = None                          # folder of pocket footage, where truth.json is
     max_chars: int = 2000                              # characters of a caption; a longer one is cut, with a mark
-    give_up: int = 20                                  # clips in a row that the server refused or did not answer, after which the run ends
+    give_up: int = 20                                  # clips in a row without a usable answer, or refused before the first caption, after which the run ends
     workers: int = 1                                   # processes that load clips; 0: this one
     time_limit_s: float = 60                           # seconds that loading a clip may take in a worker
     progress: bool = True                              # show a progress bar
@@ -696,6 +701,7 @@ def caption_manifest(cfg: CaptionConfig, captioner: Captioner | None = None) -> 
     todo = {item: row for item, row in rows if cfg.redo or not (row["text"] and row["text"].strip())}
     texts, faults, new, in_vain = {}, {}, 0, 0
     with Journal(out.parent / "captions.sqlite") as journal, tqdm(total=len(todo), desc="captions", unit="clip", mininterval=0.5, disable=not cfg.progress) as bar:
+        answers_well = any(name == captioner.name for _, name, _ in journal.items("caption"))      # then a refusal is about its clip
         def tasks() -> Iterator[ClipTask]:
             for item, row in todo.items():
                 if (text := _recorded(journal, item, captioner.name, row["path"])) is not None: texts[item] = text; bar.update()
@@ -704,10 +710,10 @@ def caption_manifest(cfg: CaptionConfig, captioner: Captioner | None = None) -> 
             with closing(_loaded(tasks(), cfg)) as loaded, closing(_describe_all(captioner, loaded)) as answers:
                 for task, clip, said in answers:
                     if isinstance(said, str): said = clean_caption(said, cfg.max_chars) or Fault("wordless")
-                    if isinstance(said, str): journal.put("caption", task.item, captioner.name, dict(text=said, state=clip.state)); texts[task.item] = said; new += 1; in_vain = 0
-                    else: faults[task.item] = (task.row["path"], said); in_vain += said.reason in ("server", "request"); bar.set_postfix(failed=len(faults), refresh=False)
+                    if isinstance(said, str): journal.put("caption", task.item, captioner.name, dict(text=said, state=clip.state)); texts[task.item] = said; new += 1; in_vain, answers_well = 0, True
+                    else: faults[task.item] = (task.row["path"], said); in_vain += said.reason == "server" or said.reason == "request" and not answers_well; bar.set_postfix(failed=len(faults), refresh=False)
                     bar.update()
-                    if in_vain >= cfg.give_up: raise UserError(f"{in_vain} clips in a row without a usable answer ({said.detail}); {len(texts)} captions are kept: run the same command again when the server is well")
+                    if in_vain >= cfg.give_up: raise UserError(f"{in_vain} clips in a row without a usable answer ({said.detail}); {len(texts)} captions are kept: run the same command again when the server is well, or with a larger give_up")
         except KeyboardInterrupt: raise KeyboardInterrupt(f"interrupted, {len(texts)} captions are kept in {journal.path.name}; run the same command again to go on") from None
         except Stopped: raise UserError("the captioner was stopped") from None
     if texts or out != table.path: table.write(texts, out)
