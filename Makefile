@@ -18,11 +18,12 @@ QUIET := 2> >(grep -v WARNING >&2) | awk -v tty="$$(test -t 2 && echo 1)" '/^ *C
 	/^Installing collected/ { printf "      installing %d packages\n", NF - 3 } \
 	tty { printf "      %d packages looked at\r", n } { fflush() } END { printf "      done, %d packages looked at\n", n }'
 
-.PHONY: help tour test quick lab venv sync colossalai vbench clean
+.PHONY: help tour test quick soak lab venv sync colossalai vbench clean
 help:
 	@echo "make tour    raw footage -> curated clips -> autoencoder -> MMDiT -> image brought to motion; results in runs/tour/"
 	@echo "make test    every notebook, every test, the tour once"
 	@echo "make quick   the two-minute part of the tests"
+	@echo "make soak    what takes too long for make test: more kills, longer films, more of the footage"
 	@echo "make lab     JupyterLab on the notebooks"
 	@echo "make sync    after editing notebooks: export the library, clean metadata, write README.md"
 	@echo "make colossalai | make vbench    optional: the report's training engine; the benchmark, in .venv-vbench"
@@ -42,6 +43,10 @@ test: venv
 quick: venv
 	@echo "== the quick part of the tests"
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
+
+soak: venv
+	@echo "== the long tests that make test leaves out"
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m soak $(ARGS)
 
 lab: venv
 	@echo "== JupyterLab; Ctrl-C twice ends it"

@@ -5,6 +5,14 @@ from pathlib import Path
 
 import pytest
 
+def share_cores():
+    "Each process of `pytest -n` uses its part of the cores, and so does what it starts: more threads than cores wait for each other. What the user set stays."
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+        for name in ("OMP_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"): os.environ.setdefault(name, str(max(1, cores // processes)))
+
+share_cores()                             # before a test imports torch
+
 class Tally(Counter):
     "How many cases, arrays, ... of a family of reference values were compared; `not_yet` counts what was left out, by reason."
     def __init__(self):
@@ -27,10 +35,23 @@ def pytest_configure(config):
         if not any(Path(given).glob("*.json")): raise pytest.UsageError(f"--golden {given}: no reference values (*.json) in this folder")
 
 
-LONG = ("test_notebooks", "test_curate", "test_tour", "test_verdicts", "test_pool", "test_bench")      # files of minutes: begun first, for a file stays in one process (-n)
+LONG = ("test_tour", "test_curate", "test_verdicts", "test_notebooks", "test_pool", "test_bench", "test_bench_ae", "test_commands")      # files of minutes: begun first, so that processes end together
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    if "soak" not in config.option.markexpr:                # only when asked for: make soak
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("soak")])
+        items[:] = [item for item in items if not item.get_closest_marker("soak")]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "`--dist loadfile`, but for notebooks: they share nothing, so each goes to whichever process is free. Other files stay in one process, for what their tests share."
+    if config.getoption("dist") != "loadfile": return None
+    from xdist.scheduler import LoadScopeScheduling
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid): return nodeid if "test_notebooks.py::" in nodeid else nodeid.partition("::")[0]
+    return Scheduler(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -30,6 +30,12 @@ def half_written(path):
     else:
         with whole(path) as out: out.write_text("half"); path.with_name("begun").touch(); time.sleep(1000)
 
+def touch_or_wait(item):
+    "(folder, name): makes a file; (folder, number): waits until there are so many."
+    folder, what = item
+    if isinstance(what, str): (folder / what).touch(); return
+    while len(list(folder.iterdir())) < what: time.sleep(0.01)
+
 def log_pid_and_sleep(path):
     with open(path, "a") as f: f.write(f"{os.getpid()}\n")
     time.sleep(1000)

@@ -111,7 +111,7 @@ def test_train_ae_stops_at_ctrl_c_and_the_same_command_goes_on(given, held_out, 
         assert p.poll() is None, p.stderr.read()
         time.sleep(0.02)
     p.send_signal(signal.SIGINT)
-    out, err = p.communicate(timeout=120)
+    out, err = p.communicate(timeout=300)
     stopped = read_log(tmp_path / "runs/x")["step"][-1]
     assert p.returncode == 130 and not out and "Traceback" not in err
     assert err.splitlines()[-1] == f"osnb train-ae: stopped at step {stopped} of 12; the same command goes on from there (runs/x)" and 2 <= stopped < 12
@@ -187,7 +187,7 @@ def test_ctrl_c_while_generating_keeps_what_is_whole_and_leaves_nothing_else(giv
         assert p.poll() is None, p.stderr.read()
         time.sleep(0.02)
     p.send_signal(signal.SIGINT)
-    out, err = p.communicate(timeout=60)
+    out, err = p.communicate(timeout=300)
     assert p.returncode == 130 and "Traceback" not in err and err.splitlines()[-1] == "osnb generate: interrupted"
     files = sorted((tmp_path / "clips").iterdir())
     assert not [f for f in files if f.name.startswith(".")] and all(decode(f).shape == (8, 32, 32, 3) for f in files if f.suffix == ".mp4") and len(files) < 200

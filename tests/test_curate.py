@@ -1,5 +1,5 @@
 "Curation: right verdicts, complete books, and nothing lost, half-written or done twice, whatever happens meanwhile."
-import os, random, shutil, signal, sqlite3, subprocess, sys, time
+import os, shutil, signal, sqlite3, subprocess, sys, time
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +14,7 @@ from opensora_nb.data.filters import FilterConfig
 from opensora_nb.data.footage import caption_from_truth, make_footage, sample_clips
 from opensora_nb.data.images import probe_image
 from opensora_nb.data.manifest import COLUMNS, REASONS, RELEASE_COLUMNS, read_clips, read_manifest, read_release_table
+from opensora_nb.data.ocr import OCRConfig
 from opensora_nb.data.pyramid import LEVELS, Level, write_levels
 from opensora_nb.data.shots import ShotConfig
 from opensora_nb.data.stages import CurateConfig, find_sources, source_id, take_id
@@ -39,10 +40,12 @@ def fill(folder: Path, footage, names=FEW) -> Path:
     for name in names: shutil.copy2(footage[0] / name, folder / name)
     return folder
 
+BLIND = OCRConfig(enabled=False)       # half of the work is to look for text, which changes nothing here
+
 @pytest.fixture(scope="session")
 def few(footage, tmp_path_factory):
     "A handful of files of each kind, and what an undisturbed run makes of them. Not to be changed."
-    cfg = CurateConfig(fill(tmp_path_factory.mktemp("few") / "raw", footage), tmp_path_factory.mktemp("few-curated"), progress=False)
+    cfg = CurateConfig(fill(tmp_path_factory.mktemp("few") / "raw", footage), tmp_path_factory.mktemp("few-curated"), ocr=BLIND, progress=False)
     return cfg, curate(cfg)
 
 def files(folder: Path, *parts: str) -> dict[str, bytes]:
@@ -71,11 +74,14 @@ def redone(before: dict, after: dict) -> set[tuple[str, str]]:
     "What is done again between two states of the journal; names of tables are no work."
     return {what for what in after if before.get(what) != after[what] and what[0] != "level"}
 
-def typed(*args) -> list[str]: return [sys.executable, "-m", "opensora_nb.commands.cli", "curate", *map(str, args)]
-def start(*args) -> subprocess.Popen: return subprocess.Popen(typed(*args, "--no-progress"), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+def options(cfg: CurateConfig) -> list[str]: return ["--no-progress"] if cfg.ocr.enabled else ["--no-progress", "--ocr.no-enabled"]
+def typed(cfg: CurateConfig, *args) -> list[str]: return [sys.executable, "-m", "opensora_nb.commands.cli", "curate", *map(str, (cfg.src, "--out", cfg.out, *options(cfg), *args))]
+def start(cfg: CurateConfig, *args) -> subprocess.Popen: return subprocess.Popen(typed(cfg, *args), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
-def until(condition, seconds: float = 90, run: subprocess.Popen | None = None, step: float = 0.01):
-    "Waits for a condition (or the end of `run`) and returns what it said."
+LONG = 300                             # seconds until a test gives up; nothing takes as long, on whatever machine
+
+def until(condition, run: subprocess.Popen | None = None, seconds: float = LONG, step: float = 0.02):
+    "Waits for a condition (or the end of `run`) and returns what it said. Not too often: asking takes time from what is waited for."
     end = time.time() + seconds
     while not (said := condition()) and time.time() < end and (run is None or run.poll() is None): time.sleep(step)
     return said
@@ -180,7 +186,7 @@ def numbers(clip: np.ndarray) -> list[int]:
 def film(path: Path, frames: np.ndarray, rate, stamps: list[int] | None = None, tick: Fraction | None = None, rotation: int = 0, keys: int = 250) -> None:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=rate)
-        stream.height, stream.width, stream.pix_fmt, stream.options = *frames.shape[1:3], "yuv420p", {"crf": "14", "g": str(keys)}
+        stream.height, stream.width, stream.pix_fmt, stream.options = *frames.shape[1:3], "yuv420p", {"crf": "14", "g": str(keys), "preset": "veryfast"}
         if tick: stream.codec_context.time_base = tick
         if rotation: stream.set_display_rotation(rotation)
         for k, picture in enumerate(frames):
@@ -205,7 +211,7 @@ def test_clips_hold_the_frames_of_their_shot_and_no_other(tmp_path):
     frames, first = coded([65, 59], 30); boxed = np.zeros((len(frames), 192, 192, 3), np.uint8); boxed[:, 32:160] = frames
     film(raw / "boxed.mp4", boxed, 24); cases["boxed.mp4"] = [i / 24 for i in range(len(frames))], first
     frames, first = coded([65, 59], 31); film(raw / "turned.mp4", np.rot90(frames, -1, (1, 2)), 24, rotation=90); cases["turned.mp4"] = [i / 24 for i in range(len(frames))], first
-    cfg = CurateConfig(raw, tmp_path / "out", levels=open_levels(tmp_path / "levels.csv"), duplicates=DuplicateConfig(enabled=False), filters=FilterConfig(banned_profiles=()), workers=2, progress=False)
+    cfg = CurateConfig(raw, tmp_path / "out", levels=open_levels(tmp_path / "levels.csv"), duplicates=DuplicateConfig(enabled=False), filters=FilterConfig(banned_profiles=()), ocr=BLIND, workers=2, progress=False)
     manifest = curate(cfg)
     wrong = []
     for name, (times, first) in cases.items():
@@ -235,30 +241,22 @@ def test_a_second_run_does_nothing_and_says_the_same(few, tmp_path):
     assert curate(cfg).equals(manifest) and before == {p: p.stat().st_mtime_ns for p in (cfg.out / "clips").iterdir()}
     assert books(cfg.out, tmp_path / "books") == journal and len(journal) > 15
 
-def test_two_workers_write_the_same_bytes(few, tmp_path):
-    curate(replace(few[0], out=tmp_path / "out", workers=2))
-    same(tmp_path / "out", few[0])
-
-def test_ray_writes_the_same_bytes(few, tmp_path):
-    ray = pytest.importorskip("ray")
-    try: curate(replace(few[0], out=tmp_path / "out", workers=2, engine="ray"))
-    finally: ray.shutdown()
-    same(tmp_path / "out", few[0])
-
 # ---- kills, interrupts, lost workers
 
 @needs_proc
-def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(footage, done, tmp_path):
+@pytest.mark.parametrize("which, kills", [pytest.param("few", [0, 4, 12, 18], id="few"), pytest.param("done", [0, 4, 21, 38, 45, 55, 61, 68, 73], id="whole-footage", marks=pytest.mark.soak)])
+def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(which, kills, request, tmp_path):
     "Each kill comes after so many answers are on record; half of the time the main process alone is killed, and its workers must go with it."
-    out, kills, known, rng, stages = tmp_path / "out", [0, 4, 21, 38, 45, 55, 61, 68, 73], {}, random.Random(0), set()
+    whole, known, stages = request.getfixturevalue(which)[0], {}, set()
+    cfg = replace(whole, out=tmp_path / "out"); out = cfg.out
     for k, count in enumerate(kills):
-        run = start(footage[0], "--out", out, "--workers", 2)
-        if count: until(lambda: len(books(out, tmp_path / "books")) >= count, run=run)
-        time.sleep(rng.uniform(0, 0.15) if count else 1.0)
+        run = start(cfg, "--workers", 2)
+        if count: until(lambda: len(books(out, tmp_path / "books")) >= count, run)
+        else: until(lambda: len(family(run.pid)) > 1, run)
         assert run.poll() is None, f"it ended before kill {k}: {run.communicate()[1]}"
         (os.killpg if k % 2 else os.kill)(run.pid, signal.SIGKILL)
-        run.communicate(timeout=20)
-        assert until(lambda: not family(run.pid), 10), "workers outlive the run"
+        run.communicate(timeout=LONG)
+        assert until(lambda: not family(run.pid)), "workers outlive the run"
         now = books(out, tmp_path / "books")
         assert {what: now.get(what) for what in known} == known, "something was forgotten or done twice"
         known = now; stages.add(max((("probe", "survey", "write").index(s) for s, _ in now), default=-1))
@@ -266,11 +264,11 @@ def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(footage, done
         for clip in (out / "clips").glob("[!.]*"): probe_image(clip) if clip.suffix == ".jpg" else probe(clip)
     assert stages >= {0, 1, 2}, "a kill in each stage"
     written = {p: p.stat().st_mtime_ns for p in (out / "clips").glob("[!.]*") if ("write", p.stem) in known}
-    run = start(footage[0], "--out", out, "--workers", 2)
-    assert run.communicate(timeout=120) and run.returncode == 0 and until(lambda: not family(run.pid), 10)
+    run = start(cfg, "--workers", 2)
+    assert run.communicate(timeout=LONG) and run.returncode == 0 and until(lambda: not family(run.pid))
     now = books(out, tmp_path / "books")
-    assert {what: now.get(what) for what in known} == known and {p: p.stat().st_mtime_ns for p in written} == written and len(written) > 3
-    same(out, done[0])
+    assert {what: now.get(what) for what in known} == known and {p: p.stat().st_mtime_ns for p in written} == written and written
+    same(out, whole)
 
 @needs_proc
 def test_a_kill_while_tables_are_written_leaves_no_litter(few, tmp_path):
@@ -292,89 +290,94 @@ def test_a_clip_that_was_put_in_place_just_before_a_kill_goes_if_it_is_not_wante
 @needs_proc
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_interrupted_run_says_so_in_a_line_and_goes_on(few, tmp_path, workers):
-    out = tmp_path / "out"
-    run = start(few[0].src, "--out", out, "--workers", workers)
-    until(lambda: len(known := books(out, tmp_path / "books")) >= len(FEW) + 2, run=run)
+    cfg = replace(few[0], out=tmp_path / "out"); out = cfg.out
+    run = start(cfg, "--workers", workers)
+    until(lambda: len(books(out, tmp_path / "books")) >= len(FEW) + 2, run)
     (os.killpg if workers == 2 else os.kill)(run.pid, signal.SIGINT)              # a terminal sends it to all of them
-    text, err = run.communicate(timeout=60)
+    text, err = run.communicate(timeout=LONG)
     assert run.returncode == 130 and len(err.strip().splitlines()) == 1 and "run the same command again" in err and not text, err
-    assert until(lambda: not family(run.pid), 10) and not (out / "manifest.parquet").exists() and not list(out.rglob(".*")), "nothing half-written"
+    assert until(lambda: not family(run.pid)) and not (out / "manifest.parquet").exists() and not list(out.rglob(".*")), "nothing half-written"
     known = books(out, tmp_path / "books")
     assert len(known) >= len(FEW) + 2
-    run = start(few[0].src, "--out", out, "--workers", workers)
-    assert run.communicate(timeout=120) and run.returncode == 0 and not redone(books(out, tmp_path / "books"), known)
+    run = start(cfg, "--workers", workers)
+    assert run.communicate(timeout=LONG) and run.returncode == 0 and not redone(books(out, tmp_path / "books"), known)
     same(out, few[0])
 
 @needs_proc
 def test_a_worker_that_dies_or_hangs_costs_its_file_and_more_time_brings_it_back(footage, tmp_path):
-    raw, out = fill(tmp_path / "raw", footage, ("film-000.mp4", "film-001.mp4", "long.mp4", "letterbox.mp4", "photo-000.jpg")), tmp_path / "out"
-    fresh = CurateConfig(raw, tmp_path / "fresh", progress=False); curate(fresh)
-    run = start(raw, "--out", out, "--workers", 2, "--time-limit-s", 20)
+    raw = fill(tmp_path / "raw", footage, ("film-000.mp4", "film-001.mp4", "long.mp4", "letterbox.mp4", "photo-000.jpg"))
+    fresh = CurateConfig(raw, tmp_path / "fresh", ocr=BLIND, progress=False)
+    began = time.monotonic(); curate(fresh)
+    cfg = replace(fresh, out=tmp_path / "out", time_limit_s=2 + time.monotonic() - began); out = cfg.out       # all files together take less: one that hangs waits no longer, one that does not has time, whatever the machine
+    run = start(cfg, "--workers", 2, "--time-limit-s", cfg.time_limit_s)
     for name, sign in (("letterbox.mp4", signal.SIGSTOP), ("long.mp4", signal.SIGKILL)):
-        until(lambda: sum(stage == "probe" for stage, _ in books(out, tmp_path / "books")) == 5, run=run)
-        worker = until(lambda: reading(run.pid, raw / name), run=run, step=0.001)
+        until(lambda: sum(stage == "probe" for stage, _ in books(out, tmp_path / "books")) == 5, run)
+        worker = until(lambda: reading(run.pid, raw / name), run, step=0.002)
         assert worker and worker != run.pid, f"nobody reads {name}"
         os.kill(worker, sign)
-    _, err = run.communicate(timeout=180)
-    assert run.returncode == 0 and until(lambda: not family(run.pid), 10), err
+    _, err = run.communicate(timeout=LONG)
+    assert run.returncode == 0 and until(lambda: not family(run.pid)), err
     manifest, whole = read_manifest(out), read_manifest(fresh.out)
     lost = pl.col("source").is_in(["letterbox.mp4", "long.mp4"])
     assert sorted(manifest.filter(lost).select("source", "status", "reason").rows()) == [("letterbox.mp4", "failed", "timeout"), ("long.mp4", "failed", "crashed")]
     assert manifest.filter(~lost).equals(whole.filter(~lost)) and manifest.filter(lost)["height"].to_list() == [192, 192], "what the header said is known"
     before = books(out, tmp_path / "books")
-    cfg = replace(fresh, out=out, time_limit_s=20.0)
     assert curate(cfg).equals(manifest) and books(out, tmp_path / "books") == before, "the same limits, the same answer"
-    curate(replace(cfg, time_limit_s=60.0))
+    curate(replace(cfg, time_limit_s=240.0))
     assert {item for stage, item in redone(before, books(out, tmp_path / "books")) if stage == "survey"} == {"letterbox.mp4", "long.mp4"}
     same(out, fresh)
 
 @needs_proc
 def test_a_clip_that_cannot_be_written_gives_its_place_to_its_copy(footage, tmp_path):
-    raw, out = fill(tmp_path / "raw", footage, ("film-000.mp4", "copy.mp4")), tmp_path / "out"
-    run = start(raw, "--out", out)
-    until(lambda: sum(stage == "survey" for stage, _ in books(out, tmp_path / "books")) == 2, run=run)
-    worker = until(lambda: reading(run.pid, raw / "film-000.mp4"), run=run, step=0.001)
+    raw = fill(tmp_path / "raw", footage, ("film-000.mp4", "copy.mp4"))
+    cfg = CurateConfig(raw, tmp_path / "out", ocr=BLIND, progress=False); out = cfg.out
+    run = start(cfg)
+    until(lambda: sum(stage == "survey" for stage, _ in books(out, tmp_path / "books")) == 2, run)
+    worker = until(lambda: reading(run.pid, raw / "film-000.mp4"), run, step=0.002)
     assert worker and worker != run.pid
     os.kill(worker, signal.SIGKILL)
-    _, err = run.communicate(timeout=60)
+    _, err = run.communicate(timeout=LONG)
     assert run.returncode == 0, err
     manifest = read_manifest(out)
     assert sorted(manifest.select("source", "status", "reason", "duplicate_of").rows()) == [("copy.mp4", "kept", None, None), ("film-000.mp4", "failed", "crashed", None)]
     assert {p.name for p in (out / "clips").iterdir()} == {Path(p).name for p in manifest["path"].drop_nulls()}
-    again = curate(CurateConfig(raw, out, time_limit_s=240, progress=False))
+    again = curate(replace(cfg, time_limit_s=240))
     assert sorted(again.select("source", "status", "reason").rows()) == [("copy.mp4", "rejected", "duplicate"), ("film-000.mp4", "kept", None)] and len(list((out / "clips").iterdir())) == 1
 
-def test_no_time_at_all_makes_rows_and_time_makes_clips(few, tmp_path):
-    cfg = replace(few[0], out=tmp_path / "out", time_limit_s=1e-6)
-    hasty = curate(cfg)
-    assert set(hasty["source"]) == set(few[1]["source"]) and set(hasty["reason"]) == {"timeout"}
-    curate(replace(cfg, time_limit_s=120.0))
-    same(cfg.out, few[0])
+def test_no_time_at_all_makes_rows_and_time_makes_clips(few, footage, tmp_path):
+    "A worker that answers before anybody looks at the clock is not too late: so a file may also get the word that it gets with time."
+    raw = fill(tmp_path / "raw", footage, ("film-000.mp4", "film-001.mp4", "nothing.mp4", "photo-000.jpg"))
+    cfg = replace(few[0], src=raw, out=tmp_path / "out", time_limit_s=1e-6)
+    hasty, patient = curate(cfg), few[1].filter(pl.col("source").is_in(os.listdir(raw)))
+    true = dict(patient.select("source", "reason").rows())
+    assert set(hasty["source"]) == set(true) and all(reason in ("timeout", true[source]) for source, reason in hasty.select("source", "reason").rows()) and "timeout" in hasty["reason"]
+    assert curate(replace(cfg, time_limit_s=240.0)).equals(patient)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is limited on Linux only")
 def test_a_picture_that_needs_more_memory_is_kept_with_more(footage, tmp_path):
-    raw = fill(tmp_path / "raw", footage, ("photo-001.jpg", "film-000.mp4"))
-    with Image.open(raw / "photo-001.jpg") as picture: picture.resize((8000, 8000), Image.Resampling.BICUBIC).rotate(180).save(raw / "poster.png", compress_level=1)
-    cfg = CurateConfig(raw, tmp_path / "out", memory_limit_mb=800, levels=open_levels(tmp_path / "levels.csv"), duplicates=DuplicateConfig(enabled=False), progress=False)
+    raw = fill(tmp_path / "raw", footage, ("photo-001.jpg",))
+    with Image.open(raw / "photo-001.jpg") as picture: picture.resize((5600, 5600), Image.Resampling.BICUBIC).rotate(180).save(raw / "poster.png", compress_level=1)
+    cfg = CurateConfig(raw, tmp_path / "out", memory_limit_mb=400, levels=open_levels(tmp_path / "levels.csv"), duplicates=DuplicateConfig(enabled=False), ocr=BLIND, progress=False)
     tight = curate(cfg)
-    assert {r["source"]: (r["status"], r["reason"]) for r in tight.iter_rows(named=True)} == {"poster.png": ("failed", "crashed"), "photo-001.jpg": ("kept", None), "film-000.mp4": ("kept", None)}
+    assert {r["source"]: (r["status"], r["reason"]) for r in tight.iter_rows(named=True)} == {"poster.png": ("failed", "crashed"), "photo-001.jpg": ("kept", None)}
     wide = curate(replace(cfg, memory_limit_mb=6000))
     assert set(wide["status"]) == {"kept"} and wide.filter(pl.col("source") == "poster.png").select("height", "width").row(0) == (1080, 1080)
 
 # ---- what is done again
 
-def test_only_what_depends_on_a_change_is_done_again(footage, tmp_path):
-    raw = fill(tmp_path / "raw", footage)
-    cfg, book = CurateConfig(raw, tmp_path / "out", progress=False), tmp_path / "books"
-    curate(cfg); state = books(cfg.out, book)
+def test_only_what_depends_on_a_change_is_done_again(footage, few, tmp_path):
+    "One change after the other; each leaves alone what it does not concern."
+    raw, cfg, book = tmp_path / "raw", replace(few[0], src=tmp_path / "raw", out=tmp_path / "out"), tmp_path / "books"
+    shutil.copytree(few[0].src, raw); shutil.copytree(few[0].out, cfg.out); state = books(cfg.out, book)
     def change(**more) -> tuple[set, set]:
-        "Runs with a change: (stage, item) done again, and clips whose files are not the same file any more."
-        nonlocal state
-        clips = {p.name: p.stat().st_mtime_ns for p in (cfg.out / "clips").iterdir()}
-        before, manifest = state, curate(replace(cfg, **more))
+        "Runs with one more change: (stage, item) done again, and clips whose files are not the same file any more."
+        nonlocal state, cfg
+        clips, cfg = {p.name: p.stat().st_mtime_ns for p in (cfg.out / "clips").iterdir()}, replace(cfg, **more)
+        before, manifest = state, curate(cfg)
         state = books(cfg.out, book)
         assert {p.name for p in (cfg.out / "clips").iterdir()} == {Path(p).name for p in manifest["path"].drop_nulls()}
         return redone(before, state), {p.name for p in (cfg.out / "clips").iterdir() if clips.get(p.name) != p.stat().st_mtime_ns}
+    assert change() == (set(), set()), "the same files in another folder: nothing"
     clip = take_id("film-000.mp4", 0)
     (cfg.out / "clips" / f"{clip}.mp4").unlink()
     assert change() == ({("write", clip)}, {f"{clip}.mp4"}), "a clip that somebody removed"
@@ -383,22 +386,19 @@ def test_only_what_depends_on_a_change_is_done_again(footage, tmp_path):
     assert change() == ({("probe", "nothing.mp4"), ("survey", "nothing.mp4"), ("write", new)}, {f"{new}.mp4"}), "a file that changed"
     again, clips = change(filters=FilterConfig(min_duration_s=2.1))
     assert {stage for stage, _ in again} == {"probe"} and not clips, "a threshold on headers"
-    change()
     again, clips = change(shots=ShotConfig(border_level=27.0))
     assert {stage for stage, _ in again} == {"survey"} and not clips, "a threshold of the survey that changes no clip"
-    change()
-    lax = open_levels(tmp_path / "lax.csv", Level("loose"), Level("strict", min_motion=0.5))
-    again, clips = change(levels=lax)
+    again, clips = change(levels=open_levels(tmp_path / "lax.csv", Level("loose"), Level("strict", min_motion=0.5)))
     still = take_id("frozen.mp4", 0)
     assert again == {("write", still)} and clips == {f"{still}.mp4"}, "another table of levels"
     assert {p.name for p in (cfg.out / "levels").iterdir()} == {f"{name}.{kind}" for name in ("loose", "strict") for kind in ("csv", "parquet")}, "tables of levels that are no more are gone"
     (raw / "letterbox.mp4").unlink(); (raw / "film-001.mp4").rename(raw / "other.mp4")
-    again, clips = change(levels=lax)
+    again, clips = change()
     assert {item for stage, item in again if stage != "write"} == {"other.mp4"} and clips == {f"{item}.mp4" for stage, item in again if stage == "write"}
     assert {source_id("letterbox.mp4"), source_id("film-001.mp4")}.isdisjoint(p.name.rpartition("_")[0] for p in (cfg.out / "clips").iterdir()), "clips of sources that are gone are gone"
-    curate(fresh := replace(cfg, out=tmp_path / "fresh", levels=lax))
+    curate(fresh := replace(cfg, out=tmp_path / "fresh"))
     same(cfg.out, fresh)
-    again, clips = change(levels=lax, shots=ShotConfig(crf=30))
+    again, clips = change(shots=ShotConfig(border_level=27.0, crf=30))
     assert {stage for stage, _ in again} == {"write"} and clips == {p.name for p in (cfg.out / "clips").iterdir()}, "another quality: all clips and nothing else"
 
 def test_patterns_decide_by_source_and_a_second_thought_is_cheap(few, tmp_path):
@@ -414,7 +414,7 @@ def test_patterns_decide_by_source_and_a_second_thought_is_cheap(few, tmp_path):
 
 def test_same_names_in_two_folders_do_not_meet(footage, tmp_path):
     for folder in ("a", "b"): fill(tmp_path / "raw" / folder, footage, ("film-000.mp4",)); (tmp_path / "raw" / folder / "film-000.mp4").rename(tmp_path / "raw" / folder / "x.mp4")
-    cfg = CurateConfig(tmp_path / "raw", tmp_path / "raw" / "out", duplicates=DuplicateConfig(enabled=False), progress=False)          # the output may lie inside
+    cfg = CurateConfig(tmp_path / "raw", tmp_path / "raw" / "out", duplicates=DuplicateConfig(enabled=False), ocr=BLIND, progress=False)          # the output may lie inside
     manifest = curate(cfg)
     assert manifest["source"].to_list() == ["a/x.mp4", "b/x.mp4"] and set(manifest["status"]) == {"kept"} and manifest["clip_id"].is_unique().all()
     assert curate(cfg).equals(manifest), "clips are not taken for sources"
@@ -424,6 +424,7 @@ def test_same_names_in_two_folders_do_not_meet(footage, tmp_path):
 def test_levels_come_as_tables_that_training_reads(few, tmp_path):
     table = open_levels(tmp_path / "levels.csv", replace(LEVELS[0], min_aesthetic=None), replace(LEVELS[1], min_side=140, min_aesthetic=None, max_motion=7.0))
     cfg = replace(few[0], out=tmp_path / "out", levels=table)
+    shutil.copytree(few[0].out, cfg.out)                                          # scored already
     manifest = curate(cfg)
     sizes = []
     for number, name in enumerate(("256px", "768px"), 1):
@@ -459,7 +460,7 @@ def test_hostile_names_are_names_like_others(footage, tmp_path, monkeypatch):
     raw = tmp_path / "raw"; raw.mkdir(); monkeypatch.chdir(tmp_path)
     for name in NAMES: shutil.copy(footage[0] / ("film-000.mp4" if name.endswith(b"mp4") else "photo-000.jpg"), os.fsencode(raw) + b"/" + name)
     (raw / "- a 'folder'\n").mkdir(); shutil.copy(footage[0] / "photo-000.jpg", raw / "- a 'folder'\n" / "x.jpg")
-    cfg = CurateConfig(raw, tmp_path / "out", duplicates=DuplicateConfig(enabled=False), workers=2, progress=False)
+    cfg = CurateConfig(raw, tmp_path / "out", duplicates=DuplicateConfig(enabled=False), ocr=BLIND, workers=2, progress=False)
     manifest = curate(cfg)
     assert manifest.height == len(NAMES) + 1 and set(manifest["status"]) == {"kept"} and manifest["clip_id"].is_unique().all()
     assert all(p.isascii() and " " not in p and (cfg.out / p).is_file() for p in manifest["path"]) and len(read_clips(cfg.out / "levels" / "256px.csv")) == manifest.height
@@ -473,7 +474,7 @@ def test_nothing_outside_the_folder_is_read_and_nothing_waits(footage, tmp_path)
     os.mkfifo(raw / "pipe.mp4"); os.mkfifo(raw / "pipe.jpg"); (raw / "a folder.mp4").mkdir()
     (raw / "list.mp4").write_text(f"ffconcat version 1.0\nfile '{secret / 'film-001.mp4'}'\n"); (raw / "hls.mp4").write_text(f"#EXTM3U\n#EXTINF:10,\n{secret / 'film-001.mp4'}\n#EXT-X-ENDLIST\n")
     (raw / ".hidden.mp4").write_bytes(b"not looked at")
-    manifest = curate(CurateConfig(raw, tmp_path / "out", progress=False))
+    manifest = curate(CurateConfig(raw, tmp_path / "out", ocr=BLIND, progress=False))
     said = {r["source"]: r["reason"] for r in manifest.iter_rows(named=True)}
     same_film = {said.pop("film-000.mp4"), said.pop("inside.mp4")}
     assert same_film == {None, "duplicate"}
@@ -485,7 +486,7 @@ def test_a_file_that_breaks_halfway_leaves_a_row_and_no_clip(footage, tmp_path):
     data = bytearray((footage[0] / next(r for r in footage[1] if r["defect"] is None and len(r["shots"]) > 1)["file"]).read_bytes())
     data[len(data) // 2 : len(data) // 2 + 4000] = bytes(4000)
     (raw / "film.mp4").write_bytes(data)
-    manifest = curate(CurateConfig(raw, tmp_path / "out", progress=False))
+    manifest = curate(CurateConfig(raw, tmp_path / "out", ocr=BLIND, progress=False))
     assert manifest.filter(pl.col("source") == "film.mp4").select("status", "reason").rows() == [("failed", "broken")]
     assert [p.name for p in (tmp_path / "out" / "clips").iterdir()] == [take_id("film-000.mp4", 0) + ".mp4"]
 
@@ -519,15 +520,16 @@ def test_clips_are_never_their_own_source(few, tmp_path, capsys):
     same(out, few[0])
 
 @needs_proc
-def test_two_runs_in_one_folder_do_not_meet(few, tmp_path, capsys):
-    run = start(few[0].src, "--out", tmp_path / "out")
-    assert until(lambda: books(tmp_path / "out", tmp_path / "books"), run=run)
-    assert main(["curate", str(few[0].src), "--out", str(tmp_path / "out"), "--no-progress"]) == 2
+def test_two_workers_write_the_same_bytes_and_a_second_run_in_the_folder_is_refused_meanwhile(few, tmp_path, capsys):
+    cfg = replace(few[0], out=tmp_path / "out")
+    run = start(cfg, "--workers", 2)
+    assert until(lambda: books(cfg.out, tmp_path / "books"), run)
+    assert main(typed(cfg)[3:]) == 2
     err = capsys.readouterr().err.strip()
     assert "in use" in err and "\n" not in err
-    run.communicate(timeout=90)
+    run.communicate(timeout=LONG)
     assert run.returncode == 0
-    same(tmp_path / "out", few[0])
+    same(cfg.out, few[0])
 
 @pytest.fixture
 def small_disk(tmp_path):
@@ -539,7 +541,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_stops_the_run_and_blames_no_file(few, small_disk, tmp_path, capsys):
     disk, enlarge = small_disk
-    args = ["curate", str(few[0].src), "--out", str(disk / "out"), "--no-progress"]
+    args = typed(replace(few[0], out=disk / "out"))[3:]
     (disk / "ballast").write_bytes(bytes(180_000))
     assert main(args) == 2
     err = capsys.readouterr().err.strip()
@@ -551,11 +553,12 @@ def test_a_full_disk_stops_the_run_and_blames_no_file(few, small_disk, tmp_path,
 
 def test_a_file_in_the_place_of_clips_blames_no_source(few, tmp_path, capsys):
     out = tmp_path / "out"; out.mkdir(); (out / "clips").write_text("not a folder\n")
-    assert main(["curate", str(few[0].src), "--out", str(out), "--no-progress"]) == 2
+    args = typed(replace(few[0], out=out))[3:]
+    assert main(args) == 2
     err = capsys.readouterr().err.strip()
     assert "clips" in err and "\n" not in err and (out / "clips").read_text() == "not a folder\n", err
     (out / "clips").unlink()
-    assert main(["curate", str(few[0].src), "--out", str(out), "--no-progress"]) == 0
+    assert main(args) == 0
     same(out, few[0])
 
 # ---- size
@@ -571,7 +574,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform ==
 
 def test_memory_does_not_grow_with_the_number_of_files(tmp_path):
     peaks = []
-    for count in (300, 6000):
+    for count in (300, 3000):
         raw = tmp_path / f"raw-{count}"
         for k in range(count):
             folder = raw / f"{k // 500:02d}"
@@ -581,12 +584,13 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path):
         assert said.returncode == 0, said.stderr
         assert read_manifest(tmp_path / f"out-{count}").height == count
         peaks.append(int(said.stdout) / 1e6)
-    assert peaks[1] - peaks[0] < 100, f"{peaks[0]:.0f} MB, then {peaks[1]:.0f} MB"
+    assert peaks[1] - peaks[0] < 60, f"{peaks[0]:.0f} MB, then {peaks[1]:.0f} MB"
 
 # ---- footage
 
-def test_footage_follows_from_its_seed(footage, tmp_path):
-    a, b = (make_footage(tmp_path / name, shots=2, seed=4, size=64, defects=False, progress=False) for name in "ab")
+@pytest.mark.parametrize("defects", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_footage_follows_from_its_seed(tmp_path, defects):
+    a, b = (make_footage(tmp_path / name, shots=2, seed=4, size=64, defects=defects, progress=False) for name in "ab")
     assert a == b and files(tmp_path / "a") == files(tmp_path / "b")
     assert make_footage(tmp_path / "c", shots=2, seed=5, size=64, defects=False, progress=False) != a
     with pytest.raises(UserError, match="other footage"): make_footage(tmp_path / "a", shots=3, seed=4, size=64, progress=False)

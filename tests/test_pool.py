@@ -1,9 +1,15 @@
-"Workers may die and hang; the run goes on. Real processes, a real Ray."
-import os, re, signal, subprocess, sys, time
+"""Workers may die and hang; the run goes on. Real processes, a real Ray.
+
+A Ray of one's own costs twenty seconds to start, so its tests share one; only those that are about its end start another."""
+import multiprocessing, os, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 import pool_tasks as tasks
 from opensora_nb.cluster.pool import Failure, WorkerTraceback, run_tasks
+from opensora_nb.data.curate import curate
+from opensora_nb.data.footage import make_footage
+from opensora_nb.data.ocr import OCRConfig
+from opensora_nb.data.stages import CurateConfig
 
 HERE = Path(__file__).parent
 ENGINES = ["processes", pytest.param("ray", marks=pytest.mark.slow)]
@@ -23,18 +29,19 @@ def alive(pid):
     try: return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError: return False
 
-def soon(condition, seconds=10.0):
+def soon(condition, seconds=120.0):
+    "Waits for a condition, not longer than a busy machine may need."
     end = time.monotonic() + seconds
     while not (ok := condition()) and time.monotonic() < end: time.sleep(0.02)
     return ok
 
-def started(path, n): return soon(lambda: path.exists() and path.read_text().count("\n") == n, 60)
+def started(path, n): return soon(lambda: path.exists() and path.read_text().count("\n") == n)
 
 LOST = {"segfault": "SIGSEGV", "null": "SIGSEGV", "abort": "SIGABRT", "kill": "SIGKILL", "exit 0": "exit code 0", "sys.exit": "exit code 3", "hog": "out of memory", "hang": "over 1 s", "deaf": "over 1 s"}
 
 def test_every_way_to_be_lost_costs_one_task(engine):
     items = [x for i, name in enumerate(LOST) for x in (f"good {i}", name)] + ["last"]
-    results = dict(run_tasks(tasks.misbehave, items, workers=2, engine=engine, time_limit=1))
+    results = dict(run_tasks(tasks.misbehave, items, workers=2, engine=engine, time_limit=lambda item: 1 if item in ("hang", "deaf") else None))
     assert results.keys() == set(items)
     for item, result in results.items():
         if item not in LOST: assert result == item; continue
@@ -49,6 +56,16 @@ def test_each_item_once_whatever_dies(engine, workers):
     assert sorted(item for item, _ in results) == sorted(items)
     assert all((item == "segfault") == isinstance(result, Failure) for item, result in results)
 
+@pytest.mark.slow
+def test_ray_curates_to_the_same_bytes(local_ray, tmp_path):
+    make_footage(tmp_path / "raw", shots=3, seed=2, defects=False, size=96, progress=False)
+    (tmp_path / "raw/truth.json").rename(tmp_path / "truth.json"); (tmp_path / "raw/nothing.mp4").write_bytes(b"")
+    cfg = CurateConfig(tmp_path / "raw", tmp_path / "processes", ocr=OCRConfig(enabled=False), progress=False)
+    def files(folder): return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith("journal.sqlite")}
+    manifest = curate(cfg)
+    assert curate(CurateConfig(tmp_path / "raw", tmp_path / "ray", ocr=cfg.ocr, workers=2, engine="ray", progress=False)).equals(manifest)
+    assert files(tmp_path / "ray") == files(tmp_path / "processes") and len(list((tmp_path / "ray/clips").iterdir())) == 3
+
 def test_few_items_and_none(engine):
     assert list(run_tasks(tasks.double, [], workers=2, engine=engine)) == []
     assert list(run_tasks(tasks.double, [4], workers=3, engine=engine)) == [(4, 8)]
@@ -58,8 +75,9 @@ def test_workers_are_reused_and_all_work():
     pids = [pid for _, pid in run_tasks(tasks.where, range(100), workers=2)]
     assert len(set(pids)) == 2 and os.getpid() not in pids and min(pids.count(p) for p in set(pids)) > 10
 
-def test_in_order_of_completion_while_others_wait():
-    assert [s for s, _ in run_tasks(tasks.sleep, [1.5, 0.1, 0.2, 0.3], workers=2)] == [0.1, 0.2, 0.3, 1.5]
+def test_in_order_of_completion_while_others_wait(tmp_path):
+    last, *others = items = [(tmp_path, 3), (tmp_path, "a"), (tmp_path, "b"), (tmp_path, "c")]
+    assert [item for item, _ in run_tasks(tasks.touch_or_wait, items, workers=2)] == [*others, last]
 
 def test_items_are_drawn_lazily(engine):
     drawn = 0
@@ -73,8 +91,8 @@ def test_items_are_drawn_lazily(engine):
     results.close()
 
 def test_time_limit_may_depend_on_the_item():
-    results = dict(run_tasks(tasks.sleep, [0.7, 0.9, 0.8], workers=2, time_limit=lambda s: 0.3 if s == 0.9 else None if s == 0.8 else 5))
-    assert results == {0.7: 0.7, 0.8: 0.8, 0.9: Failure("timeout", "over 0.3 s")}
+    results = dict(run_tasks(tasks.sleep, [0.1, 1000, 0.2], workers=2, time_limit=lambda s: 0.3 if s == 1000 else None if s == 0.2 else 120))
+    assert results == {0.1: 0.1, 0.2: 0.2, 1000: Failure("timeout", "over 0.3 s")}
 
 def test_what_the_function_raises_is_raised_with_its_traceback(engine):
     with pytest.raises(LookupError, match="no luck with 3") as error: list(run_tasks(tasks.fail, [3], engine=engine))
@@ -88,7 +106,7 @@ def test_a_function_that_kills_every_worker_at_its_import_is_an_error(engine):
 def test_death_between_two_tasks_is_nobodys_fault():
     def items():
         yield "afterwards"
-        time.sleep(1)
+        assert soon(lambda: not multiprocessing.active_children())
         yield from "abc"
     assert sorted(run_tasks(tasks.misbehave, items(), workers=1)) == [("a", "a"), ("afterwards", "afterwards"), ("b", "b"), ("c", "c")]
 
@@ -121,7 +139,7 @@ def test_stopped_tasks_take_their_temporary_files_along(tmp_path):
     results.close()
     assert [p.name for p in tmp_path.iterdir()] == ["begun"]
     (tmp_path / "begun").unlink()
-    assert list(run_tasks(tasks.half_written, [tmp_path / "out"], time_limit=0.5)) == [(tmp_path / "out", Failure("timeout", "over 0.5 s"))]
+    assert list(run_tasks(tasks.half_written, [tmp_path / "out"], time_limit=2)) == [(tmp_path / "out", Failure("timeout", "over 2 s"))]
     assert [p.name for p in tmp_path.iterdir()] == ["begun"]
 
 def test_bad_arguments():
@@ -144,12 +162,11 @@ try: run_tasks(mine, [1])
 except ValueError as error: print(error)
 """
 
-@pytest.mark.parametrize("how", ["script", "-c", "-m"])
+@pytest.mark.parametrize("engine, how", [("processes", "script"), ("processes", "-c"), ("processes", "-m"), pytest.param("ray", "script", marks=pytest.mark.slow), pytest.param("ray", "-m", marks=[pytest.mark.slow, pytest.mark.soak])])
 def test_the_callers_script_is_not_run_again(engine, how, tmp_path):
-    if (engine, how) == ("ray", "-c"): pytest.skip("ten seconds for what the others show")
     (tmp_path / "script.py").write_text(SCRIPT)
     start = {"script": [tmp_path / "script.py"], "-c": ["-c", SCRIPT], "-m": ["-m", "script"]}[how]
-    r = subprocess.run([sys.executable, *start, tmp_path / "log", HERE, engine], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    r = subprocess.run([sys.executable, *start, tmp_path / "log", HERE, engine], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert r.returncode == 0, r.stderr
     assert r.stdout.splitlines()[:2] == ["[(0, True), (1, True), (2, True)]", "of the script"] and "move it into a module" in r.stdout
     assert (tmp_path / "log").read_text() == "script run\n" and r.stderr == ""
@@ -171,18 +188,18 @@ from opensora_nb.cluster.pool import run_tasks
 for _ in run_tasks(log_pid_and_sleep, [sys.argv[1]] * 3, workers=2, engine=sys.argv[3]): pass
 """
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_workers_go_when_the_run_goes(engine, signal_number, tmp_path):
-    "Ctrl-C goes to the whole family, as from a terminal; the others to the head alone."
+SIGNALS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}
+
+@pytest.mark.parametrize("engine, sent", [*(("processes", name) for name in SIGNALS), pytest.param("ray", "SIGKILL", marks=pytest.mark.slow), *(pytest.param("ray", name, marks=[pytest.mark.slow, pytest.mark.soak]) for name in ("Ctrl-C", "SIGTERM"))])
+def test_workers_go_when_the_run_goes(engine, sent, tmp_path):
+    "Ctrl-C goes to the whole family, as from a terminal; the others to the head alone. Of Ray's three the hardest: a head that is killed can clear nothing away."
     run = subprocess.Popen([sys.executable, "-c", RUN, tmp_path / "pids", HERE, engine], start_new_session=True, stderr=subprocess.PIPE, text=True)
     assert started(tmp_path / "pids", 2)
     pids = (tmp_path / "pids").read_text().split()
     assert all(map(alive, pids))
-    sent = time.monotonic()
-    if signal_number == signal.SIGINT: os.killpg(run.pid, signal.SIGINT)
-    else: run.send_signal(signal_number)
-    assert soon(lambda: not any(map(alive, pids)), 20)
-    if engine == "processes": assert time.monotonic() - sent < 5
+    if sent == "Ctrl-C": os.killpg(run.pid, signal.SIGINT)
+    else: run.send_signal(SIGNALS[sent])
+    assert soon(lambda: not any(map(alive, pids)))                                # they would sleep a thousand seconds
     try: stderr = run.communicate(timeout=30)[1]
     except subprocess.TimeoutExpired: stderr = ""; assert engine == "ray"          # its daemons may hold the pipe a little
-    if signal_number == signal.SIGINT and engine == "processes": assert stderr.count("Traceback") == 1 and stderr.rstrip().endswith("KeyboardInterrupt")
+    if sent == "Ctrl-C" and engine == "processes": assert stderr.count("Traceback") == 1 and stderr.rstrip().endswith("KeyboardInterrupt")

@@ -80,7 +80,7 @@ print(n, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 @pytest.mark.slow
 def test_a_long_film_takes_no_more_memory_than_a_clip(tmp_path):
-    "Six minutes against ten seconds, each in a process of its own."
+    "Nearly three minutes against ten seconds, each in a process of its own."
     source = sample_or_skip("carphone_pristine")
     def looped(times):
         path = tmp_path / f"{times}.mp4"
@@ -94,5 +94,5 @@ def test_a_long_film_takes_no_more_memory_than_a_clip(tmp_path):
                     packet.pts, packet.dts, packet.duration, packet.is_keyframe, packet.stream, packet.time_base = pts + k * length, dts + k * length, duration, key, stream, one.streams.video[0].time_base
                     many.mux(packet)
         return path
-    said = {times: [int(x) for x in subprocess.run([sys.executable, "-c", PEAK, looped(times)], capture_output=True, text=True, check=True).stdout.split()] for times in (3, 90)}
-    assert said[90][0] > 25 * said[3][0] and said[90][1] - said[3][1] < 100, f"takes and megabytes: {said}"
+    said = {times: [int(x) for x in subprocess.run([sys.executable, "-c", PEAK, looped(times)], capture_output=True, text=True, check=True).stdout.split()] for times in (3, 45)}
+    assert said[45][0] > 12 * said[3][0] and said[45][1] - said[3][1] < 50, f"takes and megabytes: {said}"

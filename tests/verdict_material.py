@@ -1,11 +1,12 @@
 """Labelled footage for the verdicts of the curation, of other content than the pocket world: what a person would call plain, in many sizes, rates and codecs.
 
-Every set is a function `(folder, seed, held_out) -> [Item]` that writes real files. One seed gives one set of files; thresholds are chosen on seed 0, and judged
-on other seeds with `held_out=True`, which takes other pictures (PLATES below). Made pictures are drawn anew for each seed; real ones come from `sample_clips()`.
+Every set is a function `(folder, seed, held_out, half) -> [Item]` that writes real files. One seed gives one set of files; thresholds are chosen on seed 0, and judged
+on other seeds with `held_out=True`, which takes other pictures (PLATES below). `half` makes every second film only. Made pictures are drawn anew for each seed; real ones come from `sample_clips()`.
 """
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 import os
 
@@ -47,6 +48,15 @@ def encode(path: Path, frames, fps=24, codec: str = "h264", **options) -> Path:
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
     return path
+
+class Films(list):
+    "The items of a set. `half`: every second film is left out, and what is wider than 640 pixels, which is most of the work."
+    def __init__(self, folder, stem: str, half: bool): self.folder, self.stem, self.half, self.count = Path(folder), stem, half, 0
+    def film(self, kind: str, frames, fps=24, codec: str = "h264", label: bool = False, **truth) -> None:
+        self.count += 1
+        first = next(frames := iter(frames))
+        if self.half and (self.count % 2 == 0 or first.shape[1] > 640): return
+        self.append(Item(encode(self.folder / f"{self.stem}-{self.count - 1:02d}", chain([first], frames), fps, codec), kind, label, truth))
 
 # --- pictures: `(H, W, 3)` RGB, sharp at the size they are asked for -----------------------------------------------------------------------------------------------
 def leaves(rng, H, W):
@@ -215,13 +225,12 @@ def rate(rng): return RATES[rng.integers(len(RATES))]
 def codec(rng): return str(rng.choice(["h264", "h264", "hevc", "vp9", "mpeg4", "av1"]))
 
 # --- (a) cuts --------------------------------------------------------------------------------------------------------------------------------------------------
-def cuts(folder, seed=0, held_out=False) -> list[Item]:
+def cuts(folder, seed=0, held_out=False, half=False) -> list[Item]:
     "Films with known cuts: truth has `cuts` (frames that begin a shot) and `free` (ranges of frames, such as fades, in which either answer is right)."
-    folder, rng, items = Path(folder), np.random.default_rng((seed, 1, held_out)), []
+    rng, items = np.random.default_rng((seed, 1, held_out)), Films(folder, "cuts", half)
     def add(kind, parts, fps=24, codec="h264", free=(), cuts=None, process=lambda f: f):
         starts = np.cumsum([0] + [n for _, n in parts]).tolist()
-        path = encode(folder / f"cuts-{len(items):02d}", process(f for frames, _ in parts for f in frames), fps, codec)
-        items.append(Item(path, kind, truth=dict(cuts=starts[1:-1] if cuts is None else cuts, free=list(free), fps=fps)))
+        items.film(kind, process(f for frames, _ in parts for f in frames), fps, codec, cuts=starts[1:-1] if cuts is None else cuts, free=list(free))
     def shots(H, W, fps, lengths, **more):
         out, last = [], ""
         for n in lengths:                                               # never the same real picture twice in a row: that would be no cut
@@ -315,11 +324,11 @@ def overlay(style, rng, held_out, fps=24):
 
 TEXTS = ["subtitle", "two lines", "boxed", "news", "title", "watermark", "credits", "page", "social"]
 
-def texts(folder, seed=0, held_out=False) -> list[Item]:
+def texts(folder, seed=0, held_out=False, half=False) -> list[Item]:
     "Clips with burned-in text in many styles (label True), and clips of the same kind without."
-    folder, rng, items = Path(folder), np.random.default_rng((seed, 2, held_out)), []
+    rng, items = np.random.default_rng((seed, 2, held_out)), Films(folder, "text", half)
+    add = items.film
     sizes = [(240, 320), (270, 480), (360, 640), (480, 360), (240, 320), (360, 640), (272, 640), (480, 640), (640, 360)]
-    def add(kind, frames, fps, codec="h264", label=False): items.append(Item(encode(folder / f"text-{len(items):02d}", frames, fps, codec), kind, label))
     for k, style in enumerate(TEXTS + ["subtitle", "two lines", "news"]):
         (H, W), fps = [(720, 1280), (1080, 1920), (720, 1280)][k - 9] if k >= 9 else sizes[k], rate(rng)
         n = round(2.2 * float(fps)); frames, name = scene(rng, H, W, n, fps, held_out)
@@ -345,11 +354,11 @@ def soften(frames, how, strength):
         elif how == "smear": n = max(5, round(strength * H)); line = np.zeros((n, n), np.float32); cv2.line(line, (0, n // 3), (n - 1, n - 1 - n // 3), 1); yield cv2.filter2D(frame, -1, line / line.sum())
         else: yield cv2.resize(cv2.resize(frame, (max(2, round(W / strength)), max(2, round(H / strength))), interpolation=cv2.INTER_AREA), (W, H), interpolation=cv2.INTER_CUBIC)
 
-def blurs(folder, seed=0, held_out=False) -> list[Item]:
+def blurs(folder, seed=0, held_out=False, half=False) -> list[Item]:
     "Clips out of focus, smeared or blown up (label True), and sharp ones, some of which have little texture, little light or a blurred background."
-    folder, rng, items = Path(folder), np.random.default_rng((seed, 3, held_out)), []
+    rng, items = np.random.default_rng((seed, 3, held_out)), Films(folder, "blur", half)
+    add = items.film
     sizes = [(240, 320), (270, 480), (360, 640), (144, 176), (480, 360), (272, 640)]
-    def add(kind, frames, fps, codec="h264", label=False): items.append(Item(encode(folder / f"blur-{len(items):02d}", frames, fps, codec), kind, label))
     ways = [("gauss", 0.014), ("gauss", 0.022), ("defocus", 0.022), ("defocus", 0.035), ("smear", 0.11), ("pixelate", 9)]
     for k in range(15):
         how, strength = ways[k % 6]
@@ -373,11 +382,11 @@ def blurs(folder, seed=0, held_out=False) -> list[Item]:
     return items
 
 # --- (d) jitter ------------------------------------------------------------------------------------------------------------------------------------------------
-def jitters(folder, seed=0, held_out=False) -> list[Item]:
+def jitters(folder, seed=0, held_out=False, half=False) -> list[Item]:
     "Trembling cameras (label True), and steady ones: still, pans of all speeds, zooms, sway, action, flashes."
-    folder, rng, items = Path(folder), np.random.default_rng((seed, 4, held_out)), []
+    rng, items = np.random.default_rng((seed, 4, held_out)), Films(folder, "jitter", half)
+    add = items.film
     sizes = [(240, 320), (270, 480), (272, 640), (180, 320), (480, 360), (144, 176)]
-    def add(kind, frames, fps, codec="h264", label=False): items.append(Item(encode(folder / f"jitter-{len(items):02d}", frames, fps, codec), kind, label))
     for k in range(14):
         (H, W), fps = (720, 1280) if k == 12 else sizes[k % 6], (60 if k == 5 else rate(rng))
         n, (picture, name) = round(2.2 * float(fps)), plate(rng, H, W, held_out)
@@ -414,15 +423,15 @@ def jitters(folder, seed=0, held_out=False) -> list[Item]:
     return items
 
 # --- (e) borders -----------------------------------------------------------------------------------------------------------------------------------------------
-def borders(folder, seed=0, held_out=False) -> list[Item]:
+def borders(folder, seed=0, held_out=False, half=False) -> list[Item]:
     "Pictures inside black bars: truth has `box` (y, x, height, width) and `size`; among them pictures without bars, some of them dark."
-    folder, rng, items = Path(folder), np.random.default_rng((seed, 5, held_out)), []
+    rng, items = np.random.default_rng((seed, 5, held_out)), Films(folder, "border", half)
     def add(kind, frames, H, W, top, bottom, left, right, codec="h264", black=0, noise=0.0, fps=24):
         def framed():
             for f in frames:
                 out = np.full((H, W, 3), float(black)) + (rng.normal(0, noise, (H, W, 1)) if noise else 0)
                 out[top : H - bottom, left : W - right] = f; yield np.clip(out, 0, 255).astype(np.uint8)
-        items.append(Item(encode(folder / f"border-{len(items):02d}", framed(), fps, codec), kind, truth=dict(box=(top, left, H - top - bottom, W - left - right), size=(H, W))))
+        items.film(kind, framed(), fps, codec, box=(top, left, H - top - bottom, W - left - right), size=(H, W))
     cases = [(240, 320, 0.12, 0), (360, 640, 0.25, 0), (272, 640, 0, 0.2), (240, 320, 0, 0.1), (360, 640, 0.1, 0.12), (480, 360, 0.22, 0), (270, 480, 0.05, 0), (360, 640, 0, 0.03), (240, 320, 0.02, 0.02), (720, 1280, 0.13, 0), (1080, 1920, 0, 0.13), (144, 176, 0.12, 0)]
     for k, (H, W, v, h) in enumerate(cases):
         v, h = (2 * round(max(s * side, 4 if s else 0) / 2) for s, side in ((v, H), (h, W)))
@@ -440,8 +449,8 @@ def borders(folder, seed=0, held_out=False) -> list[Item]:
     return items
 
 # --- (f) motion ------------------------------------------------------------------------------------------------------------------------------------------------
-def motions(folder, seed=0, held_out=False) -> list[list[Item]]:
-    "Groups of clips of one picture at rising speeds: truth has `speed` in pixels a frame."
+def motions(folder, seed=0, held_out=False, half=False) -> list[list[Item]]:
+    "All of them whatever `half` says. Groups of clips of one picture at rising speeds: truth has `speed` in pixels a frame."
     folder, rng, groups = Path(folder), np.random.default_rng((seed, 6, held_out)), []
     for g, (H, W) in enumerate([(144, 176), (180, 320), (240, 320)]):
         picture, name = plate(rng, H, W, held_out)
@@ -454,8 +463,8 @@ def motions(folder, seed=0, held_out=False) -> list[list[Item]]:
     return groups
 
 # --- (g) technical defects --------------------------------------------------------------------------------------------------------------------------------------
-def technicals(folder, seed=0, held_out=False) -> list[Item]:
-    "Clean files in several codecs (truth: reason None), and one of each technical defect in several codecs."
+def technicals(folder, seed=0, held_out=False, half=False) -> list[Item]:
+    "All of them whatever `half` says. Clean files in several codecs (truth: reason None), and one of each technical defect in several codecs."
     folder, rng, items = Path(folder), np.random.default_rng((seed, 7, held_out)), []
     def write(H, W, seconds=2.4, fps=24, codec="h264", moves=("pan",), **options):
         return encode(folder / f"technical-{len(items):02d}", scene(rng, H, W, round(seconds * float(fps)), fps, held_out, moves=moves, without=("night", "cartoon", "sky"))[0], fps, codec, **options)     # flat pictures need few bits, and would be squeezed

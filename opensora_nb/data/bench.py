@@ -152,6 +152,7 @@ def sweep(function: Callable[..., Any], calls: list[tuple], warm_up: tuple, work
 class CurationBench:
     "How thoroughly to measure."
     workers: int = 2                   # processes, each on one file at a time
+    films: tuple[str, ...] = ("bigbuckbunny", "bikes")    # of the sample clips, the footage that is scored
     seconds: float = 30.0              # how long each looped film lasts at least
     copies: int = 2                    # how often each film is in the collection
     repetitions: int = 3               # of everything that is timed; the median counts
@@ -162,7 +163,7 @@ class CurationBench:
 
 def quick(cfg: CurationBench) -> CurationBench:
     "Seconds instead of minutes: every line runs, no figure means much."
-    return replace(cfg, seconds=1, copies=1, repetitions=1, ways=("many",), film_minutes=0.5, second_film_minutes=0.4, files=(5, 50))
+    return replace(cfg, films=("carphone_pristine",), seconds=1, copies=1, repetitions=1, ways=("many",), film_minutes=0.5, second_film_minutes=0.4, files=(5, 50))
 
 def _tools(programs: list[Program]) -> Iterator[tuple[str, str, Callable, str | None]]:
     "(what, by whom, function, program), program None where it is not installed."
@@ -380,7 +381,7 @@ def bench_curation(cfg: CurationBench = CurationBench(), command: str = "", say:
     say = lambda line: tell(f"{time.perf_counter() - began:6.0f} s  {line}")
     with tempfile.TemporaryDirectory(prefix="osnb-bench-") as temporary:
         folder = Path(temporary)
-        films = [loop_video(clips[name], folder / f"{name}.mp4", cfg.seconds) for name in ("bigbuckbunny", "bikes")]
+        films = [loop_video(clips[name], folder / f"{name}.mp4", cfg.seconds) for name in cfg.films]
         result = dict(suite="curation", date=datetime.now(timezone.utc).isoformat(timespec="seconds"), command=command, machine=machine(), programs=[dict(name=p.name, version=p.version) for p in programs],
                       settings=dict(workers=cfg.workers, copies=cfg.copies, repetitions=cfg.repetitions, ways=list(cfg.ways)),
                       material=[dict(film=f.stem, width=i.width, height=i.height, fps=i.fps, frames=i.num_frames, seconds=i.duration_s, times=cfg.copies) for f in films for i in [probe(f)]])
@@ -388,7 +389,7 @@ def bench_curation(cfg: CurationBench = CurationBench(), command: str = "", say:
         result["ray"] = bench_ray(cfg, films, clips["carphone_pristine"], say)
         say("equal scores")
         bordered = [with_borders(clips["bikes"], folder / "letterbox.mp4", rows=44), with_borders(clips["carphone_pristine"], folder / "pillarbox.mp4", columns=30)]
-        result["equality"] = bench_equality([*(clips[n] for n in ("bigbuckbunny", "bikes", "carphone_pristine")), *bordered], programs)
+        result["equality"] = bench_equality([*(clips[n] for n in dict.fromkeys((*cfg.films, "carphone_pristine"))), *bordered], programs)
         result["memory"] = bench_memory(cfg, folder, clips, say)
         result["machine"]["load_average"] = dict(before=[round(x, 2) for x in load], after=[round(x, 2) for x in os.getloadavg()] if load else [])
     return result

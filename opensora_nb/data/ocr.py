@@ -97,10 +97,13 @@ def find_text(frame: np.ndarray, cfg: OCRConfig = OCRConfig()) -> list[tuple[np.
     A box counts when it is read, with that confidence, as a word (`is_word`). With `cfg.other_scripts` also when the detector is that sure and the
     box has the shape of a line: at least twice as long as high and no higher than a fifth of the frame. ValueError for another kind of frame. Report 2.1.2.
     """
+    return _counted(candidates(frame, cfg), frame.shape[:2], cfg)
+
+def _counted(many: list[Candidate], size: tuple[int, int], cfg: OCRConfig) -> list[tuple[np.ndarray, float]]:
     found = []
-    for c in candidates(frame, cfg):
-        if c.read > cfg.min_confidence and is_word(c.text) and not _is_shape(c, frame.shape[:2]): found.append((c.polygon, c.read))
-        elif cfg.other_scripts and c.seen > cfg.min_confidence and _is_line(c.polygon, frame.shape[:2]): found.append((c.polygon, c.seen))
+    for c in many:
+        if c.read > cfg.min_confidence and is_word(c.text) and not _is_shape(c, size): found.append((c.polygon, c.read))
+        elif cfg.other_scripts and c.seen > cfg.min_confidence and _is_line(c.polygon, size): found.append((c.polygon, c.seen))
     return found
 
 def _is_shape(c: Candidate, size: tuple[int, int]) -> bool:
