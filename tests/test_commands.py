@@ -130,7 +130,7 @@ def test_train_ae_stops_at_ctrl_c_and_the_same_command_goes_on(given, held_out, 
 REFUSED = [
     ("generate --prompt x --autoencoder {given}/nowhere --mmdit {given}/mmdit", "no weights at"), ("generate --prompt x --autoencoder {given}/ae --mmdit {given}/nowhere", "no weights at"),
     ("generate --prompt x --autoencoder {given}/nothing --mmdit {given}/mmdit", "no .safetensors file in folder"), ("generate --prompt x --autoencoder {given}/ae --mmdit {given}/cut", "cannot read the weights"),
-    ("generate --prompt x --autoencoder {given}/ae --mmdit {given}/odd-config", "does not describe a transformer"),
+    ("generate --prompt x --autoencoder {given}/ae --mmdit {given}/odd-config", "does not describe this transformer"),
     ("generate --prompt x --autoencoder {given}/text.safetensors --mmdit {given}/mmdit", "cannot read the weights"), ("generate --prompt x --autoencoder {given}/ae --mmdit {given}/text.png", "must be a .safetensors file"),
     ("generate --prompt x --autoencoder {given}/mmdit --mmdit {given}/mmdit", "does not fit this autoencoder"), ("generate --prompt x --autoencoder {given}/ae --mmdit {given}/ae", "transformer"),
     ("generate --prompt x --autoencoder {given}/ae8 --mmdit {given}/mmdit", "do not belong together"), ("generate --prompt x --autoencoder {given}/ae --mmdit {given}/wide", "do not belong together"),

@@ -356,8 +356,8 @@ def test_no_time_at_all_makes_rows_and_time_makes_clips(few, footage, tmp_path):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is limited on Linux only")
 def test_a_picture_that_needs_more_memory_is_kept_with_more(footage, tmp_path):
     raw = fill(tmp_path / "raw", footage, ("photo-001.jpg",))
-    with Image.open(raw / "photo-001.jpg") as picture: picture.resize((5600, 5600), Image.Resampling.BICUBIC).rotate(180).save(raw / "poster.png", compress_level=1)
-    cfg = CurateConfig(raw, tmp_path / "out", memory_limit_mb=400, levels=open_levels(tmp_path / "levels.csv"), duplicates=DuplicateConfig(enabled=False), ocr=BLIND, progress=False)
+    with Image.open(raw / "photo-001.jpg") as picture: picture.resize((8000, 8000), Image.Resampling.BICUBIC).rotate(180).save(raw / "poster.png", compress_level=1)
+    cfg = CurateConfig(raw, tmp_path / "out", memory_limit_mb=700, levels=open_levels(tmp_path / "levels.csv"), duplicates=DuplicateConfig(enabled=False), ocr=BLIND, progress=False)
     tight = curate(cfg)
     assert {r["source"]: (r["status"], r["reason"]) for r in tight.iter_rows(named=True)} == {"poster.png": ("failed", "crashed"), "photo-001.jpg": ("kept", None)}
     wide = curate(replace(cfg, memory_limit_mb=6000))
