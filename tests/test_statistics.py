@@ -5,7 +5,7 @@ import numpy as np, polars as pl, pytest
 from opensora_nb.cluster.files import UserError
 from opensora_nb.data import statistics
 from opensora_nb.data.manifest import write_manifest
-from opensora_nb.data.statistics import (PANELS, Panel, bench_statistics, clip_statistics, compare_claims, count_words, made_manifest, sample_captions, scan_clips, statistics_figure, word_cloud_figure, word_counts)
+from opensora_nb.data.statistics import (PANELS, Panel, bench_statistics, clip_pieces, clip_statistics, compare_claims, count_words, made_manifest, sample_captions, scan_clips, statistics_figure, word_cloud_figure, word_counts)
 
 
 def table(rows=5000, seed=0):
@@ -31,6 +31,16 @@ def test_histograms_are_numpys_whatever_the_table_is(tmp_path, kind):
         assert (h.low, h.high) == (values.min(), values.max()) and math.isclose(h.mean, values.mean(), rel_tol=1e-9) and h.share() == 1
     assert math.isclose(found["aesthetic"].share(4.5, 5.5), ((known["aesthetic"] >= 4.5) & (known["aesthetic"] < 5.5)).mean())
     with pytest.raises(ValueError, match="edges"): found["aesthetic"].share(4.6, 5)
+
+def test_pieces_of_a_large_table_add_up(tmp_path):
+    rng, rows = np.random.default_rng(2), 1_200_001
+    frame = pl.DataFrame(dict(row=pl.int_range(rows, eager=True).cast(pl.String), score_aesthetic=rng.normal(5, 1.5, rows), status=rng.choice(["kept", "rejected"], rows))).with_columns(text=pl.when(pl.int_range(pl.len()) % 3 != 0).then("row"))
+    frame.write_parquet(tmp_path / "t.parquet", row_group_size=70_000)
+    kept, h = frame.filter(pl.col("status") == "kept"), clip_statistics(tmp_path / "t.parquet")["aesthetic"]
+    assert len(clip_pieces(tmp_path / "t.parquet")) == 3 and h.rows == kept.height and math.isclose(h.mean, kept["score_aesthetic"].mean()) and (h.low, h.high) == (kept["score_aesthetic"].min(), kept["score_aesthetic"].max())
+    assert h.counts.tolist() == np.histogram(kept["score_aesthetic"], [-np.inf, *np.nextafter(h.panel.edges, -np.inf), np.inf])[0].tolist()
+    texts = kept["text"].drop_nulls()
+    assert sample_captions(tmp_path / "t.parquet", 1000, seed=1).equals(sample_captions(pl.DataFrame(dict(text=texts)), 1000, seed=1), check_names=False) and sample_captions(tmp_path / "t.parquet", 10**7).equals(texts, check_names=False)
 
 def test_cells_that_are_no_numbers_are_missing_and_counted(tmp_path):
     (tmp_path / "t.csv").write_text("path,num_frames,height,width,fps,score_aesthetic,text\na,48,10,20,24,5.1,one two\nb,x,10,0,24,n/a,\nc,48,-3,20,0,nan,  \nd,,10,,inf,inf,雪だ\ne,1,10,10,, 6.0 ,a\n")
