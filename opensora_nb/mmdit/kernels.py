@@ -38,12 +38,13 @@ def gated_add(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     return x + gate * y
 
 # %% ../../nbs/mmdit/01_kernels.ipynb #6168f133
-constexpr = "constexpr"      # marks what a kernel is compiled for, as tl.constexpr does
+constexpr = "constexpr"      # marks what a kernel is compiled for; tl.constexpr, once Triton is there
 
 @lru_cache(maxsize=None)
 def _compiled(kernel: Callable):
-    global tl                # the kernels' own name for the language
+    global tl, constexpr     # the language, by the names that kernels know it by
     import triton, triton.language as tl
+    constexpr = tl.constexpr
     return triton.jit(kernel)
 
 def launch(kernel: Callable, grid: tuple[int, ...], *args, **sizes) -> None:
