@@ -113,38 +113,38 @@ def triton_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return _Modulate.apply(x, shift, scale)
 
 # %% ../../nbs/mmdit/01_kernels.ipynb #ef62ffb1
-def _norm_rotate(X, SCALE, COS, SIN, Y, heads, half, x_row, x_token, x_head, y_row, rope_row, step, gap, EPS: constexpr, HEADS: constexpr, HALF: constexpr):
+def _norm_rotate(X, SCALE, COS, SIN, Y, heads, half, x_row, x_token, x_head, y_row, rope_row, STEP: constexpr, GAP: constexpr, EPS: constexpr, HEADS: constexpr, HALF: constexpr):
     token, row, n, j = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
     pair, there = j < half, (n < heads) & (j < half)
-    at = X + row * x_row + token * x_token + n * x_head + j * step
+    at = X + row * x_row + token * x_token + n * x_head + j * STEP
     a = tl.load(at, mask=there, other=0.0).to(tl.float32)
-    b = tl.load(at + gap, mask=there, other=0.0).to(tl.float32)
+    b = tl.load(at + GAP, mask=there, other=0.0).to(tl.float32)
     inverse = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * half) + EPS)[:, None]
-    a = a * inverse * tl.load(SCALE + j * step, mask=pair, other=0.0).to(tl.float32)
-    b = b * inverse * tl.load(SCALE + j * step + gap, mask=pair, other=0.0).to(tl.float32)
+    a = a * inverse * tl.load(SCALE + j * STEP, mask=pair, other=0.0).to(tl.float32)
+    b = b * inverse * tl.load(SCALE + j * STEP + GAP, mask=pair, other=0.0).to(tl.float32)
     cos = tl.load(COS + row * rope_row + token * half + j, mask=pair, other=0.0)
     sin = tl.load(SIN + row * rope_row + token * half + j, mask=pair, other=0.0)
-    out = Y + row * y_row + (token * heads + n) * 2 * half + j * step
+    out = Y + row * y_row + (token * heads + n) * 2 * half + j * STEP
     tl.store(out, a * cos - b * sin, mask=there)
-    tl.store(out + gap, b * cos + a * sin, mask=there)
+    tl.store(out + GAP, b * cos + a * sin, mask=there)
 
 # %% ../../nbs/mmdit/01_kernels.ipynb #5e07ac71
-def _norm_rotate_back(DY, X, SCALE, COS, SIN, DX, DSCALE, tokens, heads, half, dy_row, dy_token, dy_head, x_row, x_token, x_head, dx_row, rope_row, step, gap,
-                      EPS: constexpr, ROWS: constexpr, HEADS: constexpr, HALF: constexpr):
+def _norm_rotate_back(DY, X, SCALE, COS, SIN, DX, DSCALE, tokens, heads, half, dy_row, dy_token, dy_head, x_row, x_token, x_head, dx_row, rope_row,
+                      STEP: constexpr, GAP: constexpr, EPS: constexpr, ROWS: constexpr, HEADS: constexpr, HALF: constexpr):
     part, row, n, j = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
     pair, there = j < half, (n < heads) & (j < half)
-    scale_a = tl.load(SCALE + j * step, mask=pair, other=0.0).to(tl.float32)
-    scale_b = tl.load(SCALE + j * step + gap, mask=pair, other=0.0).to(tl.float32)
+    scale_a = tl.load(SCALE + j * STEP, mask=pair, other=0.0).to(tl.float32)
+    scale_b = tl.load(SCALE + j * STEP + GAP, mask=pair, other=0.0).to(tl.float32)
     sum_a, sum_b = tl.zeros([HEADS, HALF], tl.float32), tl.zeros([HEADS, HALF], tl.float32)
     for token in range(part * ROWS, tl.minimum(part * ROWS + ROWS, tokens)):
-        at = X + row * x_row + token * x_token + n * x_head + j * step
+        at = X + row * x_row + token * x_token + n * x_head + j * STEP
         a = tl.load(at, mask=there, other=0.0).to(tl.float32)
-        b = tl.load(at + gap, mask=there, other=0.0).to(tl.float32)
+        b = tl.load(at + GAP, mask=there, other=0.0).to(tl.float32)
         inverse = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * half) + EPS)[:, None]
         a, b = a * inverse, b * inverse
-        at = DY + row * dy_row + token * dy_token + n * dy_head + j * step
+        at = DY + row * dy_row + token * dy_token + n * dy_head + j * STEP
         first = tl.load(at, mask=there, other=0.0).to(tl.float32)
-        second = tl.load(at + gap, mask=there, other=0.0).to(tl.float32)
+        second = tl.load(at + GAP, mask=there, other=0.0).to(tl.float32)
         cos = tl.load(COS + row * rope_row + token * half + j, mask=pair, other=0.0)
         sin = tl.load(SIN + row * rope_row + token * half + j, mask=pair, other=0.0)
         da, db = first * cos + second * sin, second * cos - first * sin
@@ -152,12 +152,12 @@ def _norm_rotate_back(DY, X, SCALE, COS, SIN, DX, DSCALE, tokens, heads, half, d
         sum_b += db * b
         da, db = da * scale_a, db * scale_b
         mean = ((tl.sum(da * a, 1) + tl.sum(db * b, 1)) / (2 * half))[:, None]
-        out = DX + row * dx_row + (token * heads + n) * 2 * half + j * step
+        out = DX + row * dx_row + (token * heads + n) * 2 * half + j * STEP
         tl.store(out, (da - a * mean) * inverse, mask=there)
-        tl.store(out + gap, (db - b * mean) * inverse, mask=there)
-    at = DSCALE + (row * tl.num_programs(0) + part) * 2 * half + j * step
+        tl.store(out + GAP, (db - b * mean) * inverse, mask=there)
+    at = DSCALE + (row * tl.num_programs(0) + part) * 2 * half + j * STEP
     tl.store(at, tl.sum(sum_a, 0)[None, :], mask=pair)
-    tl.store(at + gap, tl.sum(sum_b, 0)[None, :], mask=pair)
+    tl.store(at + GAP, tl.sum(sum_b, 0)[None, :], mask=pair)
 
 # %% ../../nbs/mmdit/01_kernels.ipynb #adc22cc2
 class _NormRotate(torch.autograd.Function):
@@ -166,12 +166,12 @@ class _NormRotate(torch.autograd.Function):
         xs, scales = [_rows(x) for x in streams[::2]], streams[1::2]
         (B, _, N, d), tokens = xs[0].shape, [x.shape[1] for x in xs]
         y = torch.empty(B, sum(tokens), N, d, dtype=xs[0].dtype, device=xs[0].device)
-        ctx.pairs = (1, d // 2) if layout == "half" else (2, 1)                  # step, gap
-        ctx.sizes = dict(EPS=EPS, HEADS=_power(N), HALF=_power(d // 2), num_warps=8)
+        step, gap = (1, d // 2) if layout == "half" else (2, 1)
+        ctx.sizes = dict(STEP=step, GAP=gap, EPS=EPS, HEADS=_power(N), HALF=_power(d // 2), num_warps=8)
         ctx.tokens, start = tokens, 0
         for x, scale, L in zip(xs, scales, tokens):
             c, s, out = cos[..., start:, :], sin[..., start:, :], y[:, start:]
-            launch(_norm_rotate, (L, B), x, scale, c, s, out, N, d // 2, *x.stride()[:3], y.stride(0), c.stride(0) if c.ndim == 3 else 0, *ctx.pairs, **ctx.sizes)
+            launch(_norm_rotate, (L, B), x, scale, c, s, out, N, d // 2, *x.stride()[:3], y.stride(0), c.stride(0) if c.ndim == 3 else 0, **ctx.sizes)
             start += L
         ctx.save_for_backward(cos, sin, *xs, *scales)
         return y
@@ -184,7 +184,7 @@ class _NormRotate(torch.autograd.Function):
             c, s, part = cos[..., start:, :], sin[..., start:, :], dy[:, start:]
             dx, dscale = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(B, parts, d, device=x.device)
             launch(_norm_rotate_back, (parts, B), part, x, scale, c, s, dx, dscale, L, N, d // 2, *dy.stride()[:3], *x.stride()[:3], dx.stride(0), c.stride(0) if c.ndim == 3 else 0,
-                   *ctx.pairs, ROWS=ROWS, **ctx.sizes)
+                   ROWS=ROWS, **ctx.sizes)
             grads += [dx, dscale.sum((0, 1)).to(scale.dtype)]
             start += L
         return None, None, None, *grads
