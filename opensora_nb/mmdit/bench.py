@@ -298,14 +298,15 @@ def bench_load(cfg: MMDiTConfig, parts: tuple[int, ...] = (1, 4), device: str = 
 LIMITS = {"H200": 989.4, "H100": 989.4, "A100": 312.0}         # dense bf16, 1e12 operations a second, by the maker's data sheets (SXM)
 
 def operations(cfg: MMDiTConfig, tokens: int, words: int = 512, batch: int = 1) -> dict[str, float]:
-    "1e12 operations of a forward pass: of matrices, of attention, and together."
+    "1e12 operations of a forward pass: of each kind of matrices, of all of them, of attention, and together."
     D, L, wide = cfg.hidden_size, tokens + words, int(cfg.hidden_size * cfg.mlp_ratio)
     blocks = cfg.depth + cfg.depth_single_blocks
-    each = 2 * L * (4 * D * D + 2 * D * wide) * blocks                                                           # q, k, v, the way back, feed-forward: of one stream or the joined one
-    ends = 2 * tokens * (2 * cfg.in_channels + cfg.cond_channels * cfg.cond_embed) * D + 2 * words * cfg.context_in_dim * D
-    once = 2 * D * ((256 + D) * (1 + cfg.guidance_embed) + cfg.vec_in_dim + D + D * (12 * cfg.depth + 3 * cfg.depth_single_blocks + 2))     # of a clip: time, text, modulation
-    matrices, attention = batch * (each + ends + once) / 1e12, batch * 4 * L * L * D * blocks / 1e12
-    return dict(matrices=matrices, attention=attention, all=matrices + attention)
+    parts = dict(projections=2 * L * 4 * D * D * blocks, feed_forward=2 * L * 2 * D * wide * blocks,              # q, k, v and the way back: of one stream or the joined one
+                 ends=2 * tokens * (2 * cfg.in_channels + cfg.cond_channels * cfg.cond_embed) * D + 2 * words * cfg.context_in_dim * D,
+                 modulation=2 * D * ((256 + D) * (1 + cfg.guidance_embed) + cfg.vec_in_dim + D + D * (12 * cfg.depth + 3 * cfg.depth_single_blocks + 2)))     # once for a clip: time, text
+    found = {name: batch * n / 1e12 for name, n in parts.items()}
+    matrices, attention = sum(found.values()), batch * 4 * L * L * D * blocks / 1e12
+    return found | dict(matrices=matrices, attention=attention, all=matrices + attention)
 
 # %% ../../nbs/mmdit/07_bench.ipynb #7010b660
 @dataclass(frozen=True)
