@@ -18,7 +18,6 @@ RELATIVE = 1e-4          # of the array's absmax; other kernels and thread count
 NOT_YET = {
     "configs": {"*": "recipes of the stages"},
     "denoise": {"*": "whole sampling loops"},
-    "preprocess": {"*": "resize and crop of the release"},
 }
 
 
@@ -579,6 +578,29 @@ def buckets(fam, section, tally):
     else: cannot_build(f"section {section!r} of buckets")
 
 
+# ---- preprocess ----
+def preprocess(fam, section, tally):
+    from opensora_nb.data.buckets import sampled_fps
+    from opensora_nb.data.loader import frame_indices, resize_image, resize_video, to_unit
+    from opensora_nb.mmdit.text import decorate
+    if section in fam.cases:
+        case = fam.cases[section]
+        if case["config"].get("transform") != "resize_crop": cannot_build(f"the transform of preprocess case {section!r}")
+        (pixels,), size = (tensor(entry) for entry in case["inputs"].values()), case["config"]["target_hw"]
+        made = lambda: to_unit(resize_video(pixels.float(), *size)) if pixels.ndim == 4 else to_unit(torch.from_numpy(resize_image(pixels.numpy(), *size).copy()).permute(2, 0, 1))
+        return compare(fam, case, {"out": made}.get, tally)
+    for e in fam.data[section]:
+        if "indices" in e:
+            assert frame_indices(e["total"], e["num_frames"], e["interval"]).tolist() == e["indices"]; tally["values"] += len(e["indices"])
+        elif "sampling_interval" in e:
+            fps, step = sampled_fps(math.nan if e["fps"] is None else e["fps"], e["fps_max"])
+            made = decorate(e["text"], fps or None, e["motion"] if e["use_motion"] else None)
+            ours = re.sub(r"([^.!?]) (\d[\d.]* FPS)", r"\1. \2", re.sub(r"(\d+)\.0 FPS", r"\1 FPS", e["out"]))       # a whole rate without decimals, a full stop before it
+            assert (made, step) == (ours, e["sampling_interval"]), e
+            tally["known differences" if made != e["out"] else "values"] += 1
+        else: cannot_build(f"an entry of preprocess {section!r} with {sorted(e)}")
+
+
 # ---- Running them ----
 def not_yet(fam, case):
     "Why this case is left out, by NOT_YET; None if it is not. What a case is follows from its config, not from its name."
@@ -613,6 +635,7 @@ def test_golden(golden_case, golden_tally):
     if name == "shapes": shapes(fam, case, tally, Path(folder))
     elif name == "sampling_tables": sampling_tables(fam, case, tally)
     elif name == "buckets": buckets(fam, case, tally)
+    elif name == "preprocess": preprocess(fam, case, tally)
     elif name == "dcae" and "temporal_tile_size" in fam.data.get(case, {}): dcae_frame_counts(fam, case, tally)
     elif case in fam.cases and name in BUILDERS: BUILDERS[name](fam, fam.cases[case], tally)
     else: cannot_build(f"{case!r} of family {name!r}: nobody has taught this test how, and NOT_YET does not list it")
