@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'resize_video', 'resize_image', 'to_unit', 'frame_indices', 'first_frame', 'Want', 'read_clip', 'ClipTable',
-           'DecodeJob', 'LoadedBatch', 'load_batch', 'Buffers', 'Loader', 'run_jobs']
+           'DecodeJob', 'LoadedBatch', 'load_batch', 'Buffers', 'Loader', 'run_jobs', 'ahead', 'to_device',
+           'CollectBetweenSteps']
 
 # %% ../../nbs/data/21_loader.ipynb #a6c1bef7
 import copy, gc, hashlib, multiprocessing, os, queue, signal, sys, threading, weakref
@@ -305,21 +306,21 @@ class Loader:
         self.state = dict(state)
 
     def __iter__(self) -> Iterator[LoadedBatch]:
-        arrivals, waiting = self._arrivals(), deque()
+        arrivals, waiting, given = self._arrivals(), deque(), 0               # given: batches of this step, so far
         try:
             while True:
                 here = waiting.popleft() if waiting else next(arrivals)
-                if not len(here):
-                    here = self._stand_in(here, waiting, arrivals)
-                    if here is None: continue
+                if not len(here): here = self._stand_in(here, given, waiting, arrivals)
+                if here is None: continue
+                given = 0 if here.last else given + 1
                 if here.last: self.state = here.state
                 yield here
                 del here
         finally: arrivals.close()
 
-    def _stand_in(self, empty: LoadedBatch, waiting: deque, arrivals: Iterator[LoadedBatch]) -> LoadedBatch | None:
+    def _stand_in(self, empty: LoadedBatch, given: int, waiting: deque, arrivals: Iterator[LoadedBatch]) -> LoadedBatch | None:
         "The next good batch with the place of a lost one and no weight; None where nobody waits for it."
-        if self.world_size == 1 and (self.per_step == 1 or not empty.last): return None
+        if self.world_size == 1 and not (empty.last and given): return None
         other = next((b for b in waiting if len(b)), None)
         while other is None:
             waiting.append(found := next(arrivals))
@@ -382,7 +383,7 @@ def _count(self: Loader, place: _Place, made: LoadedBatch) -> None:
     self.recent.append((len(place.batch.rows), len(made.lost))); self.recently.update(all=len(place.batch.rows), lost=len(made.lost))
     while self.recently["all"] - self.recent[0][0] >= self.WINDOW: n, gone = self.recent.popleft(); self.recently.subtract(all=n, lost=gone)
     if self.recently["all"] >= min(self.WINDOW, self.placed) and self.recently["lost"] > self.MOST * self.recently["all"]:
-        raise UserError(f"{self.recently['lost']} of the last {self.recently['all']} clips could not be loaded, most of them so: {made.lost[-1][1] if made.lost else next(iter(self.losses.values()))}; are they where the table says, and is it the right table?")
+        raise UserError(f"{self.recently['lost']} of the last {self.recently['all']} clips could not be loaded, for instance {next(reversed(self.losses.values()))}; are they where the table says, and is it the right table?")
 
 Loader._arrivals = _arrivals
 
@@ -427,3 +428,69 @@ class _Kept:
 def _cause(error: Exception) -> str:
     text = " ".join(str(error).split())
     return next((f"killed by {signal.Signals(int(n)).name}" if n.isdigit() else n for n in [text.partition("killed by signal: ")[2].partition(".")[0].strip()] if n), text[:80])
+
+# %% ../../nbs/data/21_loader.ipynb #e99e3c05
+def ahead(items: Iterable, depth: int = 1) -> Iterator:
+    "The same items, made by a thread, `depth` of them in advance. Errors are raised here; leaving early ends the thread."
+    ready, stop, end = queue.Queue(depth), threading.Event(), object()
+    def put(what: tuple) -> None:
+        while not stop.is_set():
+            try: return ready.put(what, timeout=0.1)
+            except queue.Full: pass
+    def work() -> None:
+        source = iter(items)
+        try:
+            while not stop.is_set() and (x := next(source, end)) is not end: put((x, None)); del x
+            put((end, None))
+        except BaseException as error: put((end, error))
+        finally: getattr(source, "close", lambda: None)()
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            x, error = ready.get()
+            if error is not None: raise error
+            if x is end: return
+            yield x
+            del x
+    finally: stop.set(); thread.join()
+
+def to_device(batches: Iterable[LoadedBatch], device: str | torch.device, overlap: bool = True) -> Iterator[LoadedBatch]:
+    """The batches on a device. On a GPU with `overlap`, the next one is fetched and copied while the caller computes with this one; write checkpoints of the `state` of the batch in hand, for the loader itself is ahead.
+
+    On a CPU the batches themselves.
+    """
+    device = torch.device(device)
+    if device.type != "cuda" or not overlap:
+        for batch in batches: yield batch.to(device)
+        return
+    for moved, arrived in ahead(_copied(batches, device, torch.cuda.Stream(device))):
+        now = torch.cuda.current_stream(device)
+        now.wait_event(arrived)
+        for x in moved.tensors.values(): x.record_stream(now)              # the allocator would else give it away when the side stream is done
+        yield moved
+
+def _copied(batches: Iterable[LoadedBatch], device: torch.device, side: Any) -> Iterator[tuple[LoadedBatch, Any]]:
+    flying: deque = deque()
+    for host in batches:
+        with torch.cuda.stream(side): moved, arrived = host.to(device, non_blocking=True), side.record_event()
+        flying.append((arrived, host))
+        del host
+        while flying and flying[0][0].query(): flying.popleft()
+        yield moved, arrived
+
+# %% ../../nbs/data/21_loader.ipynb #c53392b9
+class CollectBetweenSteps:
+    "Inside the block Python's garbage collector runs only in `step()`, every `every` calls. on: False changes nothing, to compare."
+    def __init__(self, every: int = 100, on: bool = True):
+        if every < 1: raise ValueError(f"every must be at least 1, got {every}")
+        self.every, self.on, self.steps, self.before = every, on, 0, True
+    def __enter__(self) -> "CollectBetweenSteps":
+        self.before = gc.isenabled()
+        if self.on: gc.collect(); gc.disable()
+        return self
+    def __exit__(self, *error) -> None:
+        if self.on and self.before: gc.enable()
+    def step(self) -> None:
+        self.steps += 1
+        if self.on and self.steps % self.every == 0: gc.collect()
