@@ -8,17 +8,16 @@ __all__ = ['CHUNK', 'resize_video', 'resize_image', 'to_unit', 'frame_indices', 
            'CollectBetweenSteps']
 
 # %% ../../nbs/data/21_loader.ipynb #a6c1bef7
-import copy, gc, hashlib, multiprocessing, os, queue, signal, sys, threading, weakref
+import copy, gc, queue, signal, sys, threading, weakref
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, Iterable, Iterator
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
-from ..cluster.files import UserError, existing, whole
+from ..cluster.files import UserError, existing
 from ..cluster.pool import _without_main
 from .buckets import Bucket, sampled_fps
 from .sampler import Batch, BucketSampler, ClipSizes, read_rows
@@ -150,10 +149,11 @@ class ClipTable:
         "Raises UserError where the decoder is missing."
         _decord()
 
-    def about(self, rows: np.ndarray) -> tuple[list[str], np.ndarray, np.ndarray]:
-        "Captions, frames a second and motion scores of some rows, as in the table; nan for what is not known."
+    def about(self, rows: np.ndarray, max_fps: float) -> tuple[list[str], np.ndarray, np.ndarray]:
+        "Captions, frames a second after sampling and motion scores of some rows; nan for images and what is not known."
         some = self.rows[rows.tolist()]
-        return some["text"].fill_null("").to_list(), self.sizes.fps[rows], some["score_vmafmotion"].to_numpy()
+        fps = np.array([sampled_fps(float(f), max_fps)[0] if n > 1 else 0 for f, n in zip(self.sizes.fps[rows], self.sizes.frames[rows])], np.float32)
+        return some["text"].fill_null("").to_list(), np.where(fps > 0, fps, np.float32(np.nan)), some["score_vmafmotion"].to_numpy()
 
     def job(self, batch: Batch, max_fps: float, seed: int = 0) -> "DecodeJob":
         "What a worker needs to know to load a batch."
@@ -227,10 +227,7 @@ def _assembled(table: Any, batch: Batch, max_fps: float, found: tuple) -> Loaded
     "What a job has found, with what the table knows about it."
     tensors, kept, lost = found
     rows = batch.rows[kept]
-    text, fps, motion = table.about(rows)
-    frames = table.sizes.frames[rows]
-    sampled = np.array([sampled_fps(float(f), max_fps)[0] if n > 1 else 0 for f, n in zip(fps, frames)], np.float32)
-    return LoadedBatch(batch.bucket, rows, tensors, text, np.where(sampled > 0, sampled, np.nan), motion, [(int(batch.rows[k]), why) for k, why in lost])
+    return LoadedBatch(batch.bucket, rows, tensors, *table.about(rows, max_fps), [(int(batch.rows[k]), why) for k, why in lost])
 
 def load_batch(table: Any, batch: Batch, max_fps: float = 24, seed: int = 0) -> LoadedBatch:
     "One batch, here and now. table: `ClipTable` or `CachedClips`. seed: of the windows."
