@@ -113,7 +113,7 @@ STYLE = """
 .os-cards.widget-box{display:grid!important;grid-template-columns:repeat(auto-fill,minmax(min(260px,100%),1fr));gap:10px}
 .os-card.widget-box{border:1px solid var(--os-line);border-radius:8px;padding:9px 12px 8px;background:var(--os-paper);min-width:0}
 .os-aside.widget-box{position:sticky;top:8px}
-.os-clips.widget-box{display:grid!important;grid-template-columns:1fr 1fr;gap:8px 10px}
+.os-pair.widget-box{display:grid!important;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:10px}.os-clips.widget-box{display:grid!important;grid-template-columns:minmax(0,1fr);gap:8px}
 .os-clip{min-width:0}.os-clip .os-screen{aspect-ratio:4/3;background:#101418;border-radius:6px;overflow:hidden;display:flex;align-items:center;justify-content:center;color:#aab4bd;text-align:center;font-size:12px;padding:0}
 .os-clip .os-screen>span{padding:8px;overflow-wrap:anywhere}.os-clip video,.os-clip img{width:100%;height:100%;object-fit:contain;display:block}
 .os-clip .os-name{display:block;height:36px;overflow:hidden;font-size:11.5px;line-height:17px;margin-top:3px;overflow-wrap:anywhere}
@@ -124,7 +124,7 @@ STYLE = """
 .os-room .widget-slider{height:26px;margin:0;min-width:0}.os-room .widget-slider .slider-container{margin:0;overflow:visible}
 .os-room .noUi-handle{cursor:grab}.os-room .noUi-target{background:var(--os-shade)}
 .os-status{min-height:20px}
-@container (max-width:860px){.os-columns.widget-box{grid-template-columns:minmax(0,1fr)}.os-aside.widget-box{position:static;order:-1}.os-clips.widget-box{grid-template-columns:repeat(3,minmax(0,1fr))}}
+@container (max-width:860px){.os-columns.widget-box{grid-template-columns:minmax(0,1fr)}.os-aside.widget-box{position:static;order:-1}.os-pair.widget-box{grid-template-columns:minmax(0,1fr)}.os-clips.widget-box{grid-template-columns:repeat(3,minmax(0,1fr))}}
 """
 
 def style_tag() -> str: return f"<style>{STYLE}</style>"
