@@ -8,7 +8,7 @@ __all__ = ['CHUNK', 'resize_video', 'resize_image', 'to_unit', 'frame_indices', 
            'CollectBetweenSteps']
 
 # %% ../../nbs/data/21_loader.ipynb #a6c1bef7
-import copy, gc, queue, signal, sys, threading, weakref
+import atexit, copy, gc, os, queue, signal, sys, threading, weakref
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -80,7 +80,7 @@ def read_clip(want: Want, height: int, width: int) -> Tensor:
         rgb = read_image(want.path)
         _as_promised(want, 1, *rgb.shape[:2])
         return torch.from_numpy(resize_image(rgb, height, width).copy()).permute(2, 0, 1)[:, None]
-    reader = _opened(want.path)
+    reader = _opened(want.path, want.width)
     total, out = len(reader), torch.empty(3, want.frames, height, width, dtype=torch.uint8)
     if total < want.frames * want.step: raise UserError(f"{one_line(want.path)}: has {total} frames, and {want.frames * want.step} are wanted: it was shortened")
     places = frame_indices(total, want.frames, want.step, first_frame(total, want.frames, want.step, want.seed))
@@ -96,18 +96,23 @@ def _as_promised(want: Want, frames: int, height: int, width: int) -> None:
         raise UserError(f"{one_line(want.path)}: is {width} x {height} with {frames} frames, and {want.width} x {want.height} with {want.total} in the table: it was exchanged")
 
 # %% ../../nbs/data/21_loader.ipynb #bbb632fa
-def _opened(path: str) -> Any:
-    "decord's reader of a file that was looked at before."
-    from opensora_nb.data.video import VideoError, _boxes, _refuse_text, open_regular
+def _opened(path: str, width: int) -> Any:
+    "decord's reader of a file that was looked at before, which should be so wide; all its frames, where decord cannot."
+    from opensora_nb.data.video import VideoError, _boxes, _refuse_text, decode, open_regular
     decord = _decord()
     with open_regular(path) as file:
         if missing := _boxes(file)[1]: raise VideoError(path, "truncated", f"{missing} bytes are missing")
         file.seek(0); _refuse_text(Path(path), file.read(2048)); file.seek(0)
-        try: return decord.VideoReader(path if path.isprintable() and path.isascii() else file, num_threads=1)
-        except Exception as error: raise VideoError(path, "broken", _short(error)) from error          # decord has one kind of error
+        try:
+            reader = decord.VideoReader(path if path.isprintable() and path.isascii() else file, num_threads=1)
+            if len(reader) and width <= 144 and reader[0].shape[2] != 3: return decode(path)              # it takes the padding of some small widths (48, 96, 144) for a fourth channel
+            return reader
+        except UserError: raise
+        except Exception as error: raise VideoError(path, "broken", _short(error)) from error            # decord has one kind of error
 
 def _frames(path: str, reader: Any, places: np.ndarray) -> np.ndarray:
     from opensora_nb.data.video import VideoError
+    if isinstance(reader, np.ndarray): return reader[places]
     try: return reader.get_batch(places.tolist()).asnumpy()
     except Exception as error: raise VideoError(path, "broken", _short(error)) from error
 
@@ -395,6 +400,7 @@ def _begin(number: int) -> None:
     "In a new worker: one thread, and Ctrl-C is the main process's business."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    atexit.register(os._exit, 0)                # at once: when libraries tear down what their threads still use, the process aborts now and then
 
 def run_jobs(jobs: Iterable[Callable[[], Any]], workers: int, prefetch: int = 2) -> Iterator[Any]:
     "The results of jobs, in order, computed by worker processes at most `prefetch` jobs each ahead; by this process where `workers` is 0. UserError where a worker dies."
@@ -413,7 +419,9 @@ def run_jobs(jobs: Iterable[Callable[[], Any]], workers: int, prefetch: int = 2)
             keep.recent.popleft()
             yield found
             del found
-    finally: results._shutdown_workers()
+    finally:
+        try: results._shutdown_workers()
+        except RuntimeError: pass                # one that died while it was asked to leave
 
 class _Kept:
     "The jobs, and which of them are on their way."
