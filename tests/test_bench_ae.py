@@ -32,7 +32,7 @@ def test_the_causal_autoencoder_and_diffusers_are_equal_forward_and_backward(cfg
 
 def test_turns_are_reversed_and_the_first_call_is_not_counted():
     said = []
-    found = take_turns({"a": lambda: said.append("a"), "b": lambda: said.append("b")}, 3)
+    found = take_turns({"a": lambda: said.append("a"), "b": lambda: said.append("b")}, 3, least=0)
     assert "".join(said) == "ab" + "ab" + "ba" + "ab" and all(len(t["seconds"]) == len(t["cpu_seconds"]) == 3 for t in found.values())
 
 def test_what_is_not_installed_is_a_row(monkeypatch):

@@ -60,9 +60,10 @@ def test_doctor_tries_the_named_packages_and_its_code_says_whether_all_needed_is
     assert r.returncode == (1 if re.search("^MISSING ", r.stdout, re.M) else 0), r.stderr
     assert "Traceback" not in r.stderr
 
-@pytest.mark.slow
-def test_a_reader_that_goes_away_ends_it_quietly():
-    with subprocess.Popen([*OSNB, "doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
+@pytest.mark.parametrize("command", [["-c", "from opensora_nb.commands.cli import exit_code; import sys; sys.exit(exit_code(lambda: [print(i, flush=True) for i in range(10**7)] and 0, 'doctor'))"],
+                                     pytest.param(["-m", "opensora_nb.commands.cli", "doctor"], marks=[pytest.mark.slow, pytest.mark.soak])], ids=["many-lines", "doctor"])
+def test_a_reader_that_goes_away_ends_it_quietly(command):
+    with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
         p.stdout.readline(); p.stdout.close()
         assert (p.wait(300), p.stderr.read()) == (141, "")
 

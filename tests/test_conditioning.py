@@ -107,6 +107,7 @@ def test_encoded_beforehand_is_encoded_now(kind):
 
 def test_every_kind_can_be_trained_on_cached_latents():
     from dataclasses import replace
+    from types import SimpleNamespace
     from opensora_nb.training.diffusion import DiffusionRecipe, LatentCache, diffusion_loss
     cfg = MMDiTConfig(in_channels=3, patch_size=1, context_in_dim=6, vec_in_dim=5, hidden_size=32, num_heads=2, depth=1, depth_single_blocks=1, axes_dim=(4, 6, 6))
     torch.manual_seed(0)
@@ -114,7 +115,8 @@ def test_every_kind_can_be_trained_on_cached_latents():
     for kind in KINDS:
         recipe = DiffusionRecipe(cfg, condition_weights={kind: 1.0})
         for cached in (cache, replace(cache, latents=cache.latents[:, :, :2])):                   # too short for a stretch: nothing is given
-            assert diffusion_loss(model, cached, [0, 1], recipe, torch.Generator().manual_seed(0))["loss"].isfinite()
+            g = torch.Generator().manual_seed(0)
+            assert diffusion_loss(model, cached.batch(SimpleNamespace(rows=[0, 1]), g), recipe, g)["loss"].isfinite()
     with pytest.raises(UserError, match="unknown condition kinds i2v_middle"): DiffusionRecipe(cfg, condition_weights=dict(i2v_middle=1))      # before anything is read or made
     with pytest.raises(ValueError, match="drop_text"): DiffusionRecipe(cfg, drop_text=1.5)
 

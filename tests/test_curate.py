@@ -305,26 +305,26 @@ def test_an_interrupted_run_says_so_in_a_line_and_goes_on(few, tmp_path, workers
 
 @needs_proc
 def test_a_worker_that_dies_or_hangs_costs_its_file_and_more_time_brings_it_back(footage, tmp_path):
-    raw = fill(tmp_path / "raw", footage, ("film-000.mp4", "film-001.mp4", "long.mp4", "letterbox.mp4", "photo-000.jpg"))
+    raw = fill(tmp_path / "raw", footage, ("film-000.mp4", "pillarbox.mp4", "letterbox.mp4", "photo-000.jpg"))
     fresh = CurateConfig(raw, tmp_path / "fresh", ocr=BLIND, progress=False)
     began = time.monotonic(); curate(fresh)
     cfg = replace(fresh, out=tmp_path / "out", time_limit_s=2 + time.monotonic() - began); out = cfg.out       # all files together take less: one that hangs waits no longer, one that does not has time, whatever the machine
     run = start(cfg, "--workers", 2, "--time-limit-s", cfg.time_limit_s)
-    for name, sign in (("letterbox.mp4", signal.SIGSTOP), ("long.mp4", signal.SIGKILL)):
-        until(lambda: sum(stage == "probe" for stage, _ in books(out, tmp_path / "books")) == 5, run)
+    for name, sign in (("letterbox.mp4", signal.SIGSTOP), ("pillarbox.mp4", signal.SIGKILL)):
+        until(lambda: sum(stage == "probe" for stage, _ in books(out, tmp_path / "books")) == 4, run)
         worker = until(lambda: reading(run.pid, raw / name), run, step=0.002)
         assert worker and worker != run.pid, f"nobody reads {name}"
         os.kill(worker, sign)
     _, err = run.communicate(timeout=LONG)
     assert run.returncode == 0 and until(lambda: not family(run.pid)), err
     manifest, whole = read_manifest(out), read_manifest(fresh.out)
-    lost = pl.col("source").is_in(["letterbox.mp4", "long.mp4"])
-    assert sorted(manifest.filter(lost).select("source", "status", "reason").rows()) == [("letterbox.mp4", "failed", "timeout"), ("long.mp4", "failed", "crashed")]
+    lost = pl.col("source").is_in(["letterbox.mp4", "pillarbox.mp4"])
+    assert sorted(manifest.filter(lost).select("source", "status", "reason").rows()) == [("letterbox.mp4", "failed", "timeout"), ("pillarbox.mp4", "failed", "crashed")]
     assert manifest.filter(~lost).equals(whole.filter(~lost)) and manifest.filter(lost)["height"].to_list() == [192, 192], "what the header said is known"
     before = books(out, tmp_path / "books")
     assert curate(cfg).equals(manifest) and books(out, tmp_path / "books") == before, "the same limits, the same answer"
     curate(replace(cfg, time_limit_s=240.0))
-    assert {item for stage, item in redone(before, books(out, tmp_path / "books")) if stage == "survey"} == {"letterbox.mp4", "long.mp4"}
+    assert {item for stage, item in redone(before, books(out, tmp_path / "books")) if stage == "survey"} == {"letterbox.mp4", "pillarbox.mp4"}
     same(out, fresh)
 
 @needs_proc

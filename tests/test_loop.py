@@ -11,27 +11,28 @@ from torch import nn
 
 from opensora_nb.cluster.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from opensora_nb.cluster.files import UserError
-from opensora_nb.training.loop import LoopConfig, Rival, StopRequest, learning_rate, read_log, sample_indices, train, update_average
+from opensora_nb.cluster.engine import Engine
+from opensora_nb.training.loop import LoopConfig, Rival, Shuffled, StopRequest, learning_rate, read_log, sample_indices, train, update_average
 
 # ---- a real run, also as a program of its own ----
 PROGRAM = """
 import sys, time, torch
 from torch import nn
-from opensora_nb.training.loop import LoopConfig, Rival, train
+from opensora_nb.training.loop import LoopConfig, Rival, Shuffled, train
 
-def fit(run, delay=0.0, bad_at=0, sample=None, sample_every=0, about=dict(data="points"), **changes):
+def fit(run, delay=0.0, bad_at=0, sample=None, about=dict(data="points"), **changes):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Dropout(0.0), nn.Linear(16, 1))
     x = torch.randn(50, 3, generator=torch.Generator().manual_seed(1)); y = x.prod(1, keepdim=True)
     calls = 0
-    def loss(indices, generator):
+    def loss(batch, generator):
         nonlocal calls; calls += 1
         time.sleep(delay)
-        noise = 0.05 * torch.randn(len(indices), 1, generator=generator)
-        error = (model(x[indices]) - y[indices] - noise).square().mean()
+        noise = 0.05 * torch.randn(len(batch.rows), 1, generator=generator)
+        error = (model(x[batch.rows]) - y[batch.rows] - noise).square().mean()
         return dict(loss=error * float("nan") if calls == bad_at else error)
     cfg = LoopConfig(**(dict(steps=40, batch_size=7, lr=0.01, warmup=5, final_lr=0.1, ema=0.9, precision="fp32", save_every=8) | changes))
-    return train(model, loss, 50, cfg, run, about, dict(width=16), sample, sample_every, quiet=True)
+    return train(model, loss, Shuffled(50, cfg), cfg, run, about, dict(width=16), sample=sample, quiet=True)
 
 def duel(run, delay=0.0, bad_at=0, plays=lambda step: True, watch=None, helper=True, **changes):
     "A model with a helper against a rival with dropout, each with settings of its own."
@@ -41,11 +42,11 @@ def duel(run, delay=0.0, bad_at=0, plays=lambda step: True, watch=None, helper=T
     judge = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.LeakyReLU(0.2), nn.Dropout(0.3), nn.Linear(8, 1))
     x = torch.randn(50, 2, generator=torch.Generator().manual_seed(1)) * torch.tensor([1.0, 0.2])
     calls, left = 0, None
-    def loss(indices, generator):
+    def loss(batch, generator):
         nonlocal calls, left; calls += 1
         time.sleep(delay)
-        made = model(torch.randn(len(indices), 2, generator=generator))
-        left = x[indices], made.detach()
+        made = model(torch.randn(len(batch.rows), 2, generator=generator))
+        left = x[batch.rows], made.detach()
         parts = dict(loss=made.square().mean() + (side(made).sub(1).square().mean() if side else 0))
         if rival.playing: parts |= dict(loss=parts["loss"] - judge(made).mean(), against=judge(made).mean().detach())
         assert all(not p.requires_grad and p.grad is None for p in judge.parameters())
@@ -56,7 +57,7 @@ def duel(run, delay=0.0, bad_at=0, plays=lambda step: True, watch=None, helper=T
         return dict(loss=charge * float("nan") if calls == bad_at else charge, real=real.mean().detach())
     cfg = LoopConfig(**(dict(steps=40, batch_size=7, lr=0.01, warmup=5, final_lr=0.1, ema=0.9, precision="fp32", save_every=8) | changes))
     rival = Rival(judge, theirs, lr=0.03, betas=(0.5, 0.9), eps=1e-8, plays=plays, watch=watch)
-    return train(model, loss, 50, cfg, run, dict(data="ring"), dict(width=8), quiet=True, helper=side, rival=rival), judge, side
+    return train(model, loss, Shuffled(50, cfg), cfg, run, dict(data="ring"), dict(width=8), quiet=True, helper=side, rival=rival), judge, side
 
 if __name__ == "__main__":
     try: (duel if "duel" in sys.argv else fit)(sys.argv[1], delay=float(sys.argv[2]))
@@ -65,6 +66,8 @@ if __name__ == "__main__":
 space = {"__name__": "program"}
 exec(PROGRAM, space)
 fit, duel = space["fit"], space["duel"]
+
+COSTS = {"seconds", "seconds_data", "seconds_model", "seconds_rival", "seconds_optimizer", "samples_per_s", "memory_gb"}      # of a step, never twice the same
 
 def contents(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
@@ -113,7 +116,7 @@ def test_a_run_that_is_interrupted_and_then_killed_ends_like_one_that_was_not(st
     resumed = fit(run)
     assert equal(resumed, straight[1]) and steps(run) == list(range(1, 41))
     a, b = read_log(run), read_log(straight[0])
-    assert a.keys() == b.keys() and all(a[k] == b[k] for k in a.keys() - {"seconds"})
+    assert a.keys() == b.keys() and all(a[k] == b[k] for k in a.keys() - COSTS)
     assert [p.name for p in checkpoints(run / "checkpoints")] == ["step-0000032", "step-0000040"]
 
 def test_the_curves_of_tensorboard_have_each_step_once(straight, tmp_path):
@@ -181,7 +184,7 @@ def test_a_config_file_that_is_none_is_one_line(straight, tmp_path):
 def test_a_loss_that_is_not_finite_is_one_line_and_keeps_the_last_checkpoint(tmp_path):
     for part, bad in (("loss", 20), ("first step", 1)):
         run = tmp_path / part
-        error(lambda: fit(run, bad_at=bad), f"not finite at step {bad}", "lower the learning rate (0.01)")
+        error(lambda: fit(run, bad_at=bad), f"not finite at step {bad}", "lower the learning rate (0.01)", "samples number ", "the last good checkpoint is step-0000016" if bad == 20 else "no checkpoint yet")
         assert steps(run) == list(range(1, bad))
     assert [p.name for p in checkpoints(tmp_path / "loss/checkpoints")] == ["step-0000008", "step-0000016"] and not checkpoints(tmp_path / "first step/checkpoints")
     weights, _ = load_checkpoint(checkpoints(tmp_path / "loss/checkpoints")[-1])
@@ -189,7 +192,8 @@ def test_a_loss_that_is_not_finite_is_one_line_and_keeps_the_last_checkpoint(tmp
 
 def test_a_gradient_that_is_not_finite_stops_as_well(tmp_path):
     model = nn.Linear(1, 1)
-    error(lambda: train(model, lambda i, g: dict(loss=model(torch.zeros(1, 1)).sub(model.bias).abs().sqrt().sum()), 4, LoopConfig(steps=3, precision="fp32"), tmp_path, {}, {}, quiet=True), "not finite at step 1")
+    cfg = LoopConfig(steps=3, precision="fp32")
+    error(lambda: train(model, lambda b, g: dict(loss=model(torch.zeros(1, 1)).sub(model.bias).abs().sqrt().sum()), Shuffled(4, cfg), cfg, tmp_path, {}, {}, quiet=True), "not finite at step 1", "no checkpoint yet")
 
 
 # ---- two players ----
@@ -211,7 +215,7 @@ def test_a_duel_that_is_killed_ends_like_one_that_was_not(duelled, tmp_path):
     again = duel(run)
     assert all(equal(a, b) for a, b in zip(again, duelled[1])) and steps(run) == list(range(1, 41))
     a, b = read_log(run), read_log(duelled[0])
-    assert a.keys() == b.keys() >= {"against", "discriminator_loss", "discriminator_real", "discriminator_grad_norm"} and all(a[k] == b[k] for k in a.keys() - {"seconds"})
+    assert a.keys() == b.keys() >= {"against", "discriminator_loss", "discriminator_real", "discriminator_grad_norm"} and all(a[k] == b[k] for k in a.keys() - COSTS)
 
 def test_both_players_and_the_helper_learn_and_only_the_model_is_in_the_weights(duelled):
     torch.manual_seed(0)
@@ -224,7 +228,7 @@ def test_both_players_and_the_helper_learn_and_only_the_model_is_in_the_weights(
     assert all(torch.equal(v, state["rival"]["weights"][k]) for k, v in judge.state_dict().items())
     for optimizer, lr, betas in ((state["optimizer"], 0.01, (0.9, 0.999)), (state["rival"]["optimizer"], 0.03, (0.5, 0.9))):
         group = optimizer["param_groups"][0]
-        assert group["betas"] == betas and group["lr"] == pytest.approx(learning_rate(LoopConfig(steps=40, lr=lr, warmup=5, final_lr=0.1), 39)), "one schedule, two rates"
+        assert tuple(group["betas"]) == betas and group["lr"] == pytest.approx(learning_rate(LoopConfig(steps=40, lr=lr, warmup=5, final_lr=0.1), 39)), "one schedule, two rates"
 
 def test_a_rival_that_does_not_play_yet_neither_moves_nor_counts(tmp_path):
     kept = []
@@ -269,7 +273,8 @@ def test_dropout_is_a_function_of_seed_and_step(tmp_path):
         def loss(i, g):
             calls.append(torch.nn.functional.dropout(torch.ones(20), 0.5).tolist())
             return dict(loss=model(torch.ones(1, 4)).square().sum())
-        train(model, loss, 4, LoopConfig(steps=3, seed=seed), folder, {}, {}, quiet=True)
+        cfg = LoopConfig(steps=3, seed=seed)
+        train(model, loss, Shuffled(4, cfg), cfg, folder, {}, {}, quiet=True)
         seen.append(calls)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)): run(tmp_path / name, seed)
     assert seen[0] == seen[1] != seen[2] and len({tuple(c) for c in seen[0]}) == 3
@@ -287,11 +292,12 @@ def test_the_first_ctrl_c_is_a_request_and_the_second_is_obeyed():
 
 def test_a_request_during_the_last_step_lets_the_run_finish(tmp_path):
     model, calls = nn.Linear(1, 1), 0
-    def loss(indices, generator):
+    def loss(batch, generator):
         nonlocal calls; calls += 1
         if calls == 3: signal.raise_signal(signal.SIGTERM)
         return dict(loss=model(torch.ones(1, 1)).square().sum())
-    assert train(model, loss, 4, LoopConfig(steps=3), tmp_path, {}, {}, quiet=True) is model and steps(tmp_path) == [1, 2, 3]
+    cfg = LoopConfig(steps=3)
+    assert train(model, loss, Shuffled(4, cfg), cfg, tmp_path, {}, {}, quiet=True) is model and steps(tmp_path) == [1, 2, 3]
 
 
 # ---- what the samples on the way see ----
@@ -300,7 +306,8 @@ def test_samples_are_drawn_with_averaged_weights_and_disturb_nothing(straight, t
     def sample(model, path, step):
         assert not model.training and not torch.is_grad_enabled() and path == tmp_path / "run/samples" / f"{step:07d}"
         seen.append((step, {k: v.clone() for k, v in model.state_dict().items()}))
-    assert equal(fit(tmp_path / "run", sample=sample, sample_every=16), straight[1])
+    fit(tmp_path / "run", sample=sample, sample_every=16)
+    assert all(torch.equal(v, straight[1].state_dict()[k]) for k, v in seen[-1][1].items())
     assert [s for s, _ in seen] == [16, 32, 40]
     at_32, _ = load_checkpoint(tmp_path / "run/checkpoints/step-0000032")
     assert all(torch.equal(v, at_32[k]) for k, v in seen[1][1].items())
@@ -325,10 +332,8 @@ def test_seeds_and_epochs_have_orders_of_their_own():
     orders = [tuple(sample_indices(20, seed, epoch * 20, 20)) for seed in range(3) for epoch in range(3)]
     assert len(set(orders)) == 9
 
-def test_no_samples_at_all_is_one_line(tmp_path):
-    model = nn.Linear(1, 1)
-    error(lambda: train(model, lambda i, g: {}, 0, LoopConfig(), tmp_path / "run", {}, {}), "no samples")
-    assert not (tmp_path / "run").exists()
+def test_no_samples_at_all_is_one_line():
+    error(lambda: Shuffled(0, LoopConfig()), "no samples")
 
 
 # ---- learning rate, averaged weights, settings ----
@@ -364,9 +369,47 @@ def test_counters_are_copied_not_averaged():
     update_average(average, model, 0.99, 3)
     assert average["num_batches_tracked"].item() == 41
 
-@pytest.mark.parametrize("bad", [dict(steps=0), dict(batch_size=0), dict(save_every=0), dict(keep=0), dict(precision="fp8"), dict(lr=-1.0), dict(lr=math.nan), dict(lr=0.0), dict(lr=math.inf), dict(ema=1.0), dict(ema=-0.1), dict(warmup=-1)], ids=str)
+@pytest.mark.parametrize("bad", [dict(steps=0), dict(batch_size=0), dict(save_every=0), dict(keep=0), dict(precision="fp8"), dict(lr=-1.0), dict(lr=math.nan), dict(lr=0.0), dict(lr=math.inf), dict(ema=1.0), dict(ema=-0.1), dict(warmup=-1), dict(batches_per_step=-1), dict(sample_every=0), dict(lr_switch=((5, 0.0),)), dict(lr_switch=((9, 1e-3), (5, 1e-3)))], ids=str)
 def test_settings_that_make_no_sense_are_refused(bad):
-    with pytest.raises(ValueError, match=next(iter(bad))): LoopConfig(**bad)
+    with pytest.raises(ValueError, match="lr" if "lr_switch" in bad else next(iter(bad))): LoopConfig(**bad)
+
+def test_the_learning_rate_is_switched_at_its_step():
+    cfg = LoopConfig(steps=100, lr=5e-5, lr_switch=((40, 3e-5), (90, 1e-5)))
+    assert [learning_rate(cfg, i) for i in (0, 39, 40, 89, 90, 99)] == [5e-5, 5e-5, 3e-5, 3e-5, 1e-5, 1e-5]
+
+
+# ---- batches of a step ----
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 12), st.data())
+def test_any_number_of_processes_deals_out_the_same_batches(n, size, data):
+    parts = data.draw(st.integers(1, size))
+    processes = data.draw(st.sampled_from([p for p in range(1, parts + 1) if parts % p == 0]))
+    cfg, dealt = LoopConfig(batch_size=size, batches_per_step=parts), []
+    for rank in range(processes):
+        engine = Engine("cpu"); engine.rank, engine.world_size = rank, processes
+        feed, lasts = iter(Shuffled(n, cfg, engine)), 0
+        while lasts < 3:
+            batch = next(feed); dealt.append(batch); lasts += batch.last
+            assert (batch.state is None) != batch.last
+    dealt.sort(key=lambda b: b.number)
+    alone, whole = iter(Shuffled(n, cfg)), sample_indices(n, 42, 0, 3 * size)
+    assert [(b.number, b.rows, b.share) for b in dealt] == [(b.number, b.rows, b.share) for b in (next(alone) for _ in range(3 * parts))]
+    assert sorted(i for b in dealt for i in b.rows) == sorted(whole) and abs(sum(b.share for b in dealt) - 3) < 1e-9
+
+def test_what_cannot_be_dealt_out_is_one_line():
+    engine = Engine("cpu"); engine.world_size = 2
+    error(lambda: Shuffled(9, LoopConfig(batch_size=4, batches_per_step=3), engine), "3 batches a step", "multiple of 2")
+    error(lambda: Shuffled(9, LoopConfig(batch_size=1), engine), "2 batches a step of 1 samples")
+
+def test_one_batch_or_several_give_the_same_step(tmp_path):
+    def line(name, parts):
+        torch.manual_seed(0)
+        model, x = nn.Linear(3, 1), torch.randn(50, 3, generator=torch.Generator().manual_seed(1))
+        cfg = LoopConfig(steps=12, batch_size=7, batches_per_step=parts, lr=0.05, precision="fp32")
+        return train(model, lambda b, g: dict(loss=(model(x[b.rows]) - x[b.rows].sum(1, keepdim=True)).square().mean()), Shuffled(50, cfg), cfg, tmp_path / name, {}, {}, quiet=True)
+    one, three = line("one", 1), line("three", 3)
+    assert torch.allclose(one.weight, three.weight, atol=1e-6) and read_log(tmp_path / "one")["loss"] == pytest.approx(read_log(tmp_path / "three")["loss"], rel=1e-4)
+    for log in map(read_log, (tmp_path / "one", tmp_path / "three")): assert log.keys() >= COSTS - {"seconds_rival"} and all(0 < a + b + c <= d * 1.01 for a, b, c, d in zip(*(log["seconds" + k] for k in ("_data", "_model", "_optimizer", ""))))
 
 
 # ---- checkpoints ----

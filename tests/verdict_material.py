@@ -6,7 +6,7 @@ on other seeds with `held_out=True`, which takes other pictures (PLATES below). 
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 import os
 
@@ -113,7 +113,7 @@ def skyline(rng, H, W):
 def fractal(rng, H, W):
     "A part of the Mandelbrot set's edge."
     x, y = [(-0.743643887037158704752, -0.131825904205311970493), (-1.25066, 0.02012), (0.27322626, 0.595153338)][rng.integers(3)]
-    return next(filtered("mandelbrot", H + H % 2, W + W % 2, 1, start_x=x, start_y=y, start_scale=rng.uniform(0.01, 0.08)))[:H, :W]
+    return next(filtered("mandelbrot", H + H % 2, W + W % 2, 1, start_x=x, start_y=y, start_scale=rng.uniform(0.01, 0.08), maxiter=1000))[:H, :W]
 
 def night(rng, H, W):
     "A street at night: nearly all is dark, lights are crisp."
@@ -133,8 +133,9 @@ def real(name: str, index: int | None = None) -> np.ndarray:
     if name == "hopper":
         import matplotlib.cbook as cbook
         with cbook.get_sample_data("grace_hopper.jpg") as file: return cv2.imdecode(np.frombuffer(file.read(), np.uint8), 1)[..., ::-1]
-    with av.open(str(sample_clips()[name])) as container: frames = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
-    return frames if index is None else frames[index]
+    with av.open(str(sample_clips()[name])) as container:
+        frames = (f.to_ndarray(format="rgb24") for f in islice(container.decode(video=0), index or 0, None))
+        return np.stack(list(frames)) if index is None else next(frames)
 
 def _real(name, index=None): return lambda rng, H, W: cover(real(name, index), H, W)
 def cover(picture, H, W):

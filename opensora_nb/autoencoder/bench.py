@@ -91,17 +91,21 @@ def differences(ours: nn.Module, theirs: nn.Module, video: torch.Tensor) -> dict
     return found | dict(gradient=max(float((g[n] - h[n].reshape(g[n].shape)).abs().max()) for n in h) / largest)
 
 # %% ../../nbs/autoencoder/09_bench.ipynb #c294e98d
-def take_turns(ways: dict[str, Callable[[], object]], repetitions: int, warm_up: bool = True) -> dict[str, dict[str, list[float]]]:
-    "Seconds on the clock and seconds of processors of each way, which run one after the other, backwards in every second round; the first call of each is not counted."
-    found = {name: dict(seconds=[], cpu_seconds=[]) for name in ways}
+def take_turns(ways: dict[str, Callable[[], object]], repetitions: int, warm_up: bool = True, least: float = 3.0) -> dict[str, dict[str, list[float]]]:
+    """Seconds on the clock and seconds of processors of each way, which run one after the other, backwards in every second round; the first call of each is not counted.
+
+    repetitions: rounds, and more of them, up to ten times as many, until each way has run for `least` seconds: three calls of a tenth of a second say nothing.
+    """
+    found, round_ = {name: dict(seconds=[], cpu_seconds=[]) for name in ways}, 0
     if warm_up:
         for call in ways.values(): call()
-    for round_ in range(repetitions):
+    while round_ < repetitions or round_ < 10 * repetitions and min(sum(f["seconds"]) for f in found.values()) < least:
         for name in list(ways)[:: -1 if round_ % 2 else 1]:
             gc.collect()
             cpu, start = time.process_time(), time.perf_counter()
             ways[name]()
             found[name]["seconds"].append(time.perf_counter() - start); found[name]["cpu_seconds"].append(time.process_time() - cpu)
+        round_ += 1
     return found
 
 def _calls(models: dict[str, nn.Module], video: torch.Tensor) -> Iterator[tuple[str, dict[str, Callable[[], object]]]]:

@@ -19,9 +19,10 @@ from ..autoencoder.hunyuan import HunyuanVAE, HunyuanVAEConfig, pocket as pocket
 from ..autoencoder.losses import ReconstructionLossConfig, make_perceptual, reconstruction_loss
 from ..autoencoder.metrics import psnr, to_uint8
 from ..autoencoder.speed import optimize
+from ..cluster.engine import Engine
 from ..cluster.files import UserError, whole
 from ..data.cache import ClipCache
-from .loop import LoopConfig, Rival, train
+from .loop import Batch, LoopConfig, Rival, Shuffled, train
 
 # %% ../../nbs/training/01_autoencoder.ipynb #ecd42dca
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def _second_phase(first: AutoencoderRecipe) -> AutoencoderRecipe:
 # %% ../../nbs/training/01_autoencoder.ipynb #ffb4b937
 def pocket_dcae() -> AutoencoderRecipe:
     "8 x 8 x 4 with 16 channels, 2.8 million parameters, 64-pixel windows of 12 frames; 0.8 s a step on one core."
-    return AutoencoderRecipe(pocket(), LoopConfig(steps=5200, batch_size=3, lr=3e-4, warmup=50, final_lr=0.02, betas=(0.9, 0.99), eps=1e-8, ema=0.995, save_every=100),
+    return AutoencoderRecipe(pocket(), LoopConfig(steps=5200, batch_size=3, lr=3e-4, warmup=50, final_lr=0.02, betas=(0.9, 0.99), eps=1e-8, ema=0.995, save_every=100, sample_every=500),
                              ReconstructionLossConfig(perceptual_weight=0.05, perceptual_frames=3), num_frames=12, size=64, images_per_clip=6)
 
 def pocket_f16() -> VideoDCAEConfig:
@@ -160,13 +161,14 @@ def latent_scale(model: nn.Module, clips) -> float:
     std = float(torch.cat([model.encode(to_video(clips[i : i + 1]).to(_device(model))).cpu() for i in range(len(clips))]).std())
     return model.scaling_factor * std if isinstance(model, VideoDCAE) else model.scaling_factor / std
 
-def draw_reconstructions(model: nn.Module, clips, path: Path, frames: int = 6) -> None:
-    "A PNG with two rows a clip: original and reconstruction. clips: uint8 `(N, T, H, W, 3)`."
+def draw_reconstructions(model: nn.Module, clips, path: Path, frames: int = 6):
+    "A PNG with two rows a clip, original and reconstruction, also returned as uint8 `(H, W, 3)`. clips: uint8 `(N, T, H, W, 3)`."
     import cv2, numpy as np
     again = to_uint8(reconstruct(model, clips)).movedim(1, -1).numpy()
     ts = np.linspace(0, clips.shape[1] - 1, frames).astype(int)
     sheet = np.concatenate([np.concatenate([rows[i, t] for t in ts], 1) for i in range(len(clips)) for rows in (clips, again)])
     with whole(path) as out: cv2.imwrite(str(out), sheet[..., ::-1])
+    return sheet
 
 # %% ../../nbs/training/01_autoencoder.ipynb #293ef730
 def _class(cfg: VideoDCAEConfig | HunyuanVAEConfig) -> type[VideoDCAE | HunyuanVAE]: return VideoDCAE if isinstance(cfg, VideoDCAEConfig) else HunyuanVAE
@@ -185,13 +187,15 @@ def _check(model: nn.Module, cache: ClipCache, recipe: AutoencoderRecipe) -> Non
 
 # %% ../../nbs/training/01_autoencoder.ipynb #d3952d83
 def train_autoencoder(cache: ClipCache, held_out: ClipCache, recipe: AutoencoderRecipe, run: str | Path, start: str | Path | None = None, quiet: bool = False,
-                      device: torch.device | str | None = None) -> nn.Module:
+                      engine: Engine | None = None) -> nn.Module:
     """Trains on a cache and returns the model with averaged weights and its scaling factor measured; also written to `run/model/`.
 
-    held_out: its reconstructions are drawn to `run/samples/` on the way. start: weights to go on from (their config counts). device: None takes a GPU where there is one.
+    held_out: its reconstructions are drawn to `run/samples/` on the way. start: weights to go on from (their config counts). engine: one process or copies of it (DDP); None: one, on a GPU where there is one.
     Raises UserError as `loop.train` does, and where clips or weights do not fit the recipe.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    engine = engine or Engine()
+    if engine.kind not in ("single", "ddp"): raise UserError(f"an autoencoder is trained on one process or on copies (ddp), not on shards ({engine.kind}): its weights fit anywhere, see section 6.1 for what does not")
+    device = engine.device
     torch.manual_seed(recipe.loop.seed)
     model = _class(recipe.model).from_pretrained(start) if start else _class(recipe.model)(recipe.model)
     _check(model, cache, recipe)
@@ -201,13 +205,13 @@ def train_autoencoder(cache: ClipCache, held_out: ClipCache, recipe: Autoencoder
     alignment, adversary = _alignment(recipe, model, device), recipe.adversarial and Adversary(recipe.adversarial)
     rival = _rival(adversary, device)
 
-    def loss(indices: list[int], generator: torch.Generator) -> dict[str, torch.Tensor]:
-        video = training_batch(cache, indices, recipe, generator).to(device)
+    def loss(batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        video = training_batch(cache, batch.rows, recipe, generator).to(device)
         return autoencoder_loss(model, video, recipe, perceptual, alignment, adversary if rival and rival.playing else None, generator)
 
-    sample = lambda m, path, step: draw_reconstructions(m, held_out.clips[:4], path.with_suffix(".png"))
-    train(model, loss, len(cache), recipe.loop, run, _about(cache, held_out, recipe, model), asdict(model.cfg), sample, sample_every=5 * recipe.loop.save_every, quiet=quiet, helper=alignment, rival=rival)
-    return _finished(model, cache, run)
+    sample = lambda m, path, step: dict(reconstructions=draw_reconstructions(m, held_out.clips[:4], path.with_suffix(".png"))) if engine.main else None
+    train(model, loss, Shuffled(len(cache), recipe.loop, engine), recipe.loop, run, _about(cache, held_out, recipe, model), asdict(model.cfg), engine, sample, quiet, alignment, rival)
+    return _finished(model, cache, run, engine.main)
 
 def _alignment(recipe: AutoencoderRecipe, model: nn.Module, device: torch.device) -> nn.Module | None:
     if not (recipe.alignment and recipe.alignment.weight): return None
@@ -224,10 +228,10 @@ def _about(cache: ClipCache, held_out: ClipCache, recipe: AutoencoderRecipe, mod
     return dict(recipe="autoencoder", data=cache.origin, held_out=held_out.origin, model=asdict(model.cfg), loss=asdict(recipe.loss), adversarial=optional(recipe.adversarial), alignment=optional(recipe.alignment),
                 num_frames=recipe.num_frames, image_share=recipe.image_share, images_per_clip=recipe.images_per_clip, checkpointing=recipe.checkpointing)
 
-def _finished(model: nn.Module, cache: ClipCache, run: str | Path) -> nn.Module:
-    "The model with latents of unit variance, written to `run/model/`."
+def _finished(model: nn.Module, cache: ClipCache, run: str | Path, main: bool = True) -> nn.Module:
+    "The model with latents of unit variance, written to `run/model/` by the main process."
     model.checkpoint_blocks(False)
     scaled = type(model)(replace(model.cfg, scaling_factor=latent_scale(model, cache.clips[:64]))).to(_device(model))
     scaled.load_state_dict(model.state_dict())
-    scaled.save_pretrained(Path(run) / "model")
+    if main: scaled.save_pretrained(Path(run) / "model")
     return scaled.eval()
