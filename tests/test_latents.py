@@ -147,5 +147,6 @@ def test_a_shard_that_breaks_while_training_costs_its_clips_and_no_more(table, t
     loader = Loader(cached, BucketSampler(cached.sizes, BUCKETS), workers=0, say=said.append)
     (bad := bytearray(victim.read_bytes()))[:8] = b"\xff" * 8
     victim.unlink(); victim.write_bytes(bad)
-    rows = {int(r) for _, b in zip(range(len(loader.plan) - 1), loader) for r in b.rows}
-    assert any(victim.name in line for line in said) and len(rows) >= len(cached) - 3
+    lost = {k for k, item in enumerate(cached.shards.items) if cached.shards.whose[k] == 0}
+    rows = {int(r) for _, b in zip(range(2 * len(loader.plan)), loader) for r in b.rows}
+    assert any(victim.name in line for line in said) and rows == set(range(len(cached))) - lost and set(loader.losses) == lost and lost

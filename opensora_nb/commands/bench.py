@@ -17,10 +17,10 @@ from ..cluster.files import UserError, whole
 @dataclass(frozen=True)
 class Config:
     "Measure this machine and print the figures."
-    suite: tyro.conf.Positional[Literal["curation", "ae", "mmdit"]]   # what to measure
+    suite: tyro.conf.Positional[Literal["curation", "loader", "ae", "mmdit"]]   # what to measure
     out: Path | None = None                # file (.json) for all figures; without it they are only printed
     quick: bool = False                    # seconds instead of minutes: shows that everything runs, its figures mean little
-    workers: int | None = None             # processes (curation) or threads (ae, mmdit); without it as many as this machine has cores
+    workers: int | None = None             # processes (curation, loader) or threads (ae, mmdit); without it as many as this machine has cores
     repetitions: int = 3                   # of what is timed; the median counts
     film_minutes: float = 120              # curation: length of the long film in the memory test
     device: Literal["auto", "cpu", "cuda"] = "auto"   # mmdit: what to measure; auto is all that this machine has
@@ -30,7 +30,7 @@ def run(cfg: Config) -> int:
     "Measures, prints the tables and writes the JSON; 0, or 1 where numbers differ that should be equal."
     if cfg.repetitions < 1 or cfg.film_minutes <= 0 or (cfg.workers is not None and cfg.workers < 1): raise UserError("repetitions, film-minutes and workers must be positive")
     if cfg.out and cfg.out.is_dir(): raise UserError(f"{cfg.out} is a folder: name a file for the figures")
-    measure, report = {"curation": _curation, "ae": _ae, "mmdit": _mmdit}[cfg.suite](cfg)
+    measure, report = {"curation": _curation, "loader": _loader, "ae": _ae, "mmdit": _mmdit}[cfg.suite](cfg)
     result = measure(shlex.join(["osnb", *sys.argv[1:]]), lambda line: print(line, file=sys.stderr, flush=True))
     print(report(result))
     if cfg.out:
@@ -46,6 +46,11 @@ def _curation(cfg: Config):
     workers = cfg.workers or _cores()
     suite = CurationBench(workers=workers, copies=max(2, workers), repetitions=cfg.repetitions, film_minutes=cfg.film_minutes)
     return (lambda command, say: bench_curation(quick(suite) if cfg.quick else suite, command, say)), report
+
+def _loader(cfg: Config):
+    from opensora_nb.data.loader_bench import LoaderBench, bench_loader, quick, report
+    suite = LoaderBench(workers=cfg.workers or _cores(), repetitions=cfg.repetitions)
+    return (lambda command, say: bench_loader(quick(suite) if cfg.quick else suite, command, say)), report
 
 def _ae(cfg: Config):
     from opensora_nb.autoencoder.bench import AEBench, bench_ae, quick, report
