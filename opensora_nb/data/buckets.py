@@ -7,12 +7,13 @@ __all__ = ['SHAPES', 'Lengths', 'num_pixels', 'height_by_width', 'sizes', 'close
            'release_tables', 'assign_many', 'draws']
 
 # %% ../../nbs/data/19_buckets.ipynb #70b8c66d
-import math
+import json, math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 import numpy as np
-from ..cluster.files import UserError
+from ..cluster.files import UserError, existing, whole
 
 # %% ../../nbs/data/19_buckets.ipynb #6748f4a2
 SHAPES = ("2.39:1", "2:1", "16:9", "1.85:1", "9:16", "5:8", "3:2", "4:3", "1:1")       # width:height; mirrored ones follow in each table
@@ -90,6 +91,21 @@ class BucketTable:
                 chances = chance if isinstance(chance, (tuple, list)) else (chance,)
                 if frames < 1 or batch < 1 or len(chances) > 2 or not all(0 <= c <= 1 for c in chances):
                     raise UserError(f"bucket table, {resolution}, {frames} frames: wants chances between 0 and 1 and a batch size of at least 1, got {chance} and {batch}")
+
+    def save(self, path: str | Path) -> Path:
+        "Writes the table as JSON, which `read` and `osnb train --buckets` take; returns the path."
+        with whole(path) as out: out.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        return Path(path)
+
+    @classmethod
+    def read(cls, path: str | Path) -> "BucketTable":
+        "Raises UserError in one line for a file that is no bucket table."
+        path = existing(path, "bucket table", "a .json file, from `osnb search-batch` or `BucketTable.save`")
+        try:
+            told = json.loads(path.read_text())
+            lengths = {name: {int(t): (tuple(chance) if isinstance(chance, list) else chance, batch) for t, (chance, batch) in entries.items()} for name, entries in told.pop("lengths").items()}
+            return cls(lengths, **told)
+        except (ValueError, KeyError, TypeError, AttributeError) as e: raise UserError(f"{path} is no bucket table: {' '.join(str(e).split())[:160]}") from e
 
     def _sizes(self, resolution: str) -> dict[str, tuple[int, int]]:
         name, _, which = resolution.partition("_")

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
-import json, math, signal, sys, time, torch, torch.nn as nn
+import io, json, math, signal, sys, time, torch, torch.nn as nn
 from tqdm import tqdm
 from ..cluster.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from ..cluster.engine import Engine, learning, placed_like
@@ -316,11 +316,14 @@ class Records(ExitStack):
         self.bar.update(); self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
 
     def show(self, step: int, pictures: dict[str, Any]) -> None:
-        "Pictures `(H, W, 3)` or clips `(T, H, W, 3)`, uint8, beside the curves."
+        "Pictures `(H, W, 3)` or clips `(T, H, W, 3)`, uint8, beside the curves; clips as GIF, which is what TensorBoard plays."
+        from PIL import Image
+        from tensorboard.compat.proto.summary_pb2 import Summary
         for name, x in pictures.items():
-            x = torch.as_tensor(x)
-            if x.ndim == 3: self.board.add_image(name, x, step, dataformats="HWC")
-            else: self.board.add_video(name, x.permute(0, 3, 1, 2)[None], step, fps=12)
+            frames, file = [Image.fromarray(f) for f in (x if x.ndim == 4 else x[None])], io.BytesIO()
+            frames[0].save(file, format="GIF" if len(frames) > 1 else "PNG", **(dict(save_all=True, append_images=frames[1:], duration=80, loop=0) if len(frames) > 1 else {}))
+            picture = Summary.Image(height=x.shape[-3], width=x.shape[-2], colorspace=3, encoded_image_string=file.getvalue())
+            self.board.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=picture)]), step)
 
     def flush(self) -> None: self.board.flush()
 
