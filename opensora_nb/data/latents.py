@@ -227,6 +227,8 @@ class CachedClips:
 
     def ready(self) -> None: "Nothing is needed."
 
+    def batch_bytes(self, bucket: Any) -> int: return 0
+
     def about(self, rows: np.ndarray, max_fps: float) -> tuple[list[str], np.ndarray, np.ndarray]:
         "Captions, frames a second as they were encoded, and motion scores of some rows."
         return [self.text[r] for r in rows], self.sizes.fps[rows], self.motion[rows]

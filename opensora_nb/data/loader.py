@@ -137,6 +137,11 @@ class ClipTable:
 
     def __len__(self) -> int: return len(self.sizes)
 
+    @property
+    def paths(self) -> Any:
+        "As they stand in the table, by row."
+        return self.rows["path"]
+
     @classmethod
     def read(cls, path: str | Path, level: int | None = None, root: str | Path | None = None) -> "ClipTable":
         """Of a curated folder, a manifest (Parquet) or a training table (.csv or .parquet).
@@ -153,6 +158,10 @@ class ClipTable:
     def ready(self) -> None:
         "Raises UserError where the decoder is missing."
         _decord()
+
+    def batch_bytes(self, bucket: Bucket) -> int:
+        "Of the largest tensor of a full batch; 0: not known before."
+        return bucket.batch_size * 3 * bucket.frames * bucket.height * bucket.width
 
     def about(self, rows: np.ndarray, max_fps: float) -> tuple[list[str], np.ndarray, np.ndarray]:
         "Captions, frames a second after sampling and motion scores of some rows; nan for images and what is not known."
@@ -242,25 +251,26 @@ def load_batch(table: Any, batch: Batch, max_fps: float = 24, seed: int = 0) -> 
 class Buffers:
     """Host memory for batches, used again when nobody holds the batch any more.
 
-    count: buffers at most. least: bytes of each to begin with; a larger batch makes it larger. pinned: for copies to a GPU; False for ordinary memory.
+    count: buffers at most for each name of a tensor. least: bytes of each to begin with; a larger batch makes it larger. pinned: for copies to a GPU; False for ordinary memory.
     """
     def __init__(self, count: int = 4, least: int = 0, pinned: bool = True):
         self.count, self.least, self.pinned, self.slots, self.used, self.missed = count, least, pinned, [], 0, 0
         self.lock = threading.Lock()
 
-    def _slot(self, size: int) -> "_Slot | None":
+    def _slot(self, size: int, name: str) -> "_Slot | None":
         "A free buffer that is large enough, now taken."
         with self.lock:
-            free = sorted((s for s in self.slots if s.free), key=lambda s: (s.memory.numel() < size, s.memory.numel()))
+            ours = [s for s in self.slots if s.name == name]
+            free = sorted((s for s in ours if s.free), key=lambda s: (s.memory.numel() < size, s.memory.numel()))
             slot = free[0] if free else None
-            if slot is None and len(self.slots) < self.count: self.slots.append(slot := _Slot(torch.empty(0, dtype=torch.uint8)))
+            if slot is None and len(ours) < self.count: self.slots.append(slot := _Slot(name, torch.empty(0, dtype=torch.uint8)))
             if slot is not None: slot.free = False
         if slot is not None and slot.memory.numel() < size: slot.memory = torch.empty(max(size, self.least), dtype=torch.uint8, pin_memory=self.pinned)
         return slot
 
-    def hold(self, x: Tensor) -> Tensor:
+    def hold(self, x: Tensor, name: str = "") -> Tensor:
         "The same values in a buffer; `x` itself where all are taken."
-        slot = self._slot(x.nbytes) if x.nbytes else None
+        slot = self._slot(x.nbytes, name) if x.nbytes else None
         if slot is None: self.missed += 1; return x
         view = slot.memory.numpy()[: x.nbytes]                     # an array of its own: it dies with the last tensor that was made from it
         weakref.finalize(view, slot.release)
@@ -269,6 +279,7 @@ class Buffers:
 
 @dataclass(eq=False)
 class _Slot:
+    name: str
     memory: Tensor
     free: bool = True
     def release(self) -> None: self.free = True
@@ -295,7 +306,7 @@ class Loader:
         self.load_state_dict(sampler.state_dict())
         made = self.plan._now()
         self.placed, cuda = len(made.clips), torch.cuda.is_available()
-        largest = max((b.batch_size * 3 * b.frames * b.height * b.width for b in (self.plan.table.buckets[k] for k in set(made.whose))), default=0)
+        largest = max(table.batch_bytes(self.plan.table.buckets[k]) for k in np.unique(made.whose))
         self.buffers = Buffers(4, largest, pinned=cuda) if (cuda if pin is None else pin) else None
         self.seen, self.losses, self.reasons, self.recent, self.recently = 0, {}, Counter(), deque(), Counter()      # losses: row -> why, the first 1000
 
@@ -308,7 +319,7 @@ class Loader:
         self.state = dict(state)
 
     def __iter__(self) -> Iterator[LoadedBatch]:
-        arrivals, waiting, given = self._arrivals(), deque(), 0               # given: batches of this step, so far
+        arrivals, waiting, given = _arrivals(self), deque(), 0               # given: batches of this step, so far
         try:
             while True:
                 here = waiting.popleft() if waiting else next(arrivals)
@@ -346,48 +357,47 @@ def _taken(plan: BucketSampler) -> int:
     while walk.epoch < plan.epoch: count += len(walk); walk.epoch, walk.offset = walk.epoch + 1, (walk.offset + len(walk)) % walk.group
     return count + plan.number
 
-def _planned(self: Loader) -> Iterator[_Place]:
+def _planned(loader: Loader) -> Iterator[_Place]:
     "The batches of this process, step by step, from where the loader's state stands."
-    plan, taken = copy.copy(self.plan), self.state["taken"]
-    plan.load_state_dict(self.state)
+    plan, taken = copy.copy(loader.plan), loader.state["taken"]
+    plan.load_state_dict(loader.state)
     while True:
-        step = [plan.take() for _ in range(self.per_step)]
-        clips, state = sum(len(b.rows) for b in step), plan.state_dict() | dict(taken=taken + self.per_step)
-        for k in range(self.rank, self.per_step, self.world_size):
-            last = k + self.world_size >= self.per_step
+        step = [plan.take() for _ in range(loader.per_step)]
+        clips, state = sum(len(b.rows) for b in step), plan.state_dict() | dict(taken=taken + loader.per_step)
+        for k in range(loader.rank, loader.per_step, loader.world_size):
+            last = k + loader.world_size >= loader.per_step
             yield _Place(step[k], taken + k, len(step[k].rows) / clips, last, state if last else None)
-        taken += self.per_step
+        taken += loader.per_step
 
-def _arrivals(self: Loader) -> Iterator[LoadedBatch]:
+def _arrivals(loader: Loader) -> Iterator[LoadedBatch]:
     "Loaded batches in order, also those of which nothing is left."
     pending: deque[_Place] = deque()
     def jobs():
-        for place in _planned(self):
+        for place in _planned(loader):
             pending.append(place)
-            yield self.table.job(place.batch, self.plan.table.max_fps, self.seed)
-    for found in run_jobs(jobs(), self.workers, self.prefetch):
+            yield loader.table.job(place.batch, loader.plan.table.max_fps, loader.seed)
+    for found in run_jobs(jobs(), loader.workers, loader.prefetch):
         place = pending.popleft()
-        made = replace(_assembled(self.table, place.batch, self.plan.table.max_fps, found), number=place.number, share=place.share, last=place.last, state=place.state)
+        made = replace(_assembled(loader.table, place.batch, loader.plan.table.max_fps, found), number=place.number, share=place.share, last=place.last, state=place.state)
         del found
-        _count(self, place, made)
-        yield made if self.buffers is None else made.map(self.buffers.hold)
+        _count(loader, place, made)
+        yield made if loader.buffers is None else replace(made, tensors={name: loader.buffers.hold(x, name) for name, x in made.tensors.items()})
         del made
 
-def _count(self: Loader, place: _Place, made: LoadedBatch) -> None:
+def _count(loader: Loader, place: _Place, made: LoadedBatch) -> None:
     "Keeps the books of what is lost, and stops where it is too much."
     for row, why in made.lost:
         reason = why.partition(": ")[2].partition(" (")[0] or why
-        self.reasons[reason] += 1
-        if row in self.losses or len(self.losses) < 1000: self.losses[row] = why
-        if (n := self.reasons[reason]) <= 3 or n in (10, 100) or n % 1000 == 0: self.say(f"clip left out: {why}" + (f"; the {n}th of its kind" if n > 3 else ""))
-    if not len(made): self.say(f"batch {made.number}: none of its {len(place.batch.rows)} clips can be loaded, it is left out")
-    self.seen += len(place.batch.rows)
-    self.recent.append((len(place.batch.rows), len(made.lost))); self.recently.update(all=len(place.batch.rows), lost=len(made.lost))
-    while self.recently["all"] - self.recent[0][0] >= self.WINDOW: n, gone = self.recent.popleft(); self.recently.subtract(all=n, lost=gone)
-    if self.recently["all"] >= min(self.WINDOW, self.placed) and self.recently["lost"] > self.MOST * self.recently["all"]:
-        raise UserError(f"{self.recently['lost']} of the last {self.recently['all']} clips could not be loaded, for instance {next(reversed(self.losses.values()))}; are they where the table says, and is it the right table?")
-
-Loader._arrivals = _arrivals
+        if reason not in loader.reasons and len(loader.reasons) >= 50: reason = "something else"
+        loader.reasons[reason] += 1
+        if row in loader.losses or len(loader.losses) < 1000: loader.losses[row] = why
+        if (n := loader.reasons[reason]) <= 3 or n in (10, 100) or n % 1000 == 0: loader.say(f"clip left out: {why}" + (f"; the {n}th of its kind" if n > 3 else ""))
+    if not len(made): loader.say(f"batch {made.number}: none of its {len(place.batch.rows)} clips can be loaded, it is left out")
+    loader.seen += len(place.batch.rows)
+    loader.recent.append((len(place.batch.rows), len(made.lost))); loader.recently.update(all=len(place.batch.rows), lost=len(made.lost))
+    while loader.recently["all"] - loader.recent[0][0] >= loader.WINDOW: n, gone = loader.recent.popleft(); loader.recently.subtract(all=n, lost=gone)
+    if loader.recently["all"] >= min(loader.WINDOW, loader.placed) and loader.recently["lost"] > loader.MOST * loader.recently["all"]:
+        raise UserError(f"{loader.recently['lost']} of the last {loader.recently['all']} clips could not be loaded, for instance {next(reversed(loader.losses.values()))}; are they where the table says, and is it the right table?")
 
 # %% ../../nbs/data/21_loader.ipynb #25faa194
 class _Do(torch.utils.data.Dataset):
