@@ -4,11 +4,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 import numpy as np, polars as pl, pytest
 from opensora_nb.cluster.files import UserError
-from opensora_nb.data.explorer import BINS, TECHNICAL, ExploreConfig, Explorer, ExplorerRoom, explore, judgeable, page_code, read_thresholds
+from opensora_nb.data.explorer import BINS, TECHNICAL, ExploreConfig, Explorer, ExplorerRoom, explore, judgeable, open_explorer, page_code, read_thresholds
 from opensora_nb.data.filters import FilterConfig, technical_faults
 from opensora_nb.data.manifest import manifest_frame, read_clips, read_manifest, read_release_table, write_manifest
 from opensora_nb.data.pyramid import LEVELS, RULES, Level, assign_levels, check_levels, read_levels, write_levels
-from opensora_nb.data.room import Latest, browser, chromium, inside, label, media_tag, preview, served, voila_command, write_page
+from opensora_nb.data.room import browser, chromium, label, media_tag, served, write_page
 from opensora_nb.data.video import VideoInfo, write_video
 
 HOSTILE = '<img src=x onerror="window.pwned=1">'
@@ -111,7 +111,7 @@ def collection(tmp_path_factory):
     write_levels((Level("256px", min_motion=1.0, max_text=0.01), Level(f"best{HOSTILE}", min_motion=2.0, max_text=0.01)), home.parent / "levels.csv")
     return home
 
-def room_of(collection, out) -> ExplorerRoom: return explore(collection, collection.parent / "footage", collection.parent / "levels.csv", out)
+def room_of(collection, out) -> ExplorerRoom: return explore(collection, collection.parent / "footage", collection.parent / "levels.csv", out=out)
 
 def test_export_is_read_again_by_all_that_read_such_files(collection, tmp_path):
     explorer = room_of(collection, tmp_path).explorer
@@ -123,6 +123,11 @@ def test_export_is_read_again_by_all_that_read_such_files(collection, tmp_path):
     assert read_clips(files[1])["path"].to_list() == clips["path"].to_list() and read_release_table(files[1]).height == 12
     assert read_levels(files[2]) == explorer.levels and read_thresholds(files[3]) == (explorer.levels, explorer.filters)
     assert explore(collection, levels=files[3]).explorer.filters.min_fps == 17.0
+    for path in files[:2]:                                                          # tables beside the folder of clips: a larger root
+        table = open_explorer(path, root=Path(os.path.commonpath([tmp_path, collection])))[0]
+        assert table.layers()[0].clips == 12 and not table.outside and all(table.clip_file(k)[0].parent == collection / "clips" for k in range(12))
+        with pytest.raises(UserError, match="12 lead out"): open_explorer(path)
+    with pytest.raises(UserError, match="does not lie in"): open_explorer(collection, root=tmp_path)
 
 def test_export_that_fails_leaves_what_was_there(collection, tmp_path):
     explorer = room_of(collection, tmp_path).explorer
@@ -236,8 +241,8 @@ ROWS = "[...document.querySelectorAll('.os-screen')].map(e => e.dataset.row)"
 @pytest.mark.slow
 @needs_browser
 def test_the_served_page_answers_to_keys_and_hands(collection, tmp_path):
-    page_at = write_page(tmp_path / "explorer.ipynb", page_code(ExploreConfig(collection, collection.parent / "footage", collection.parent / "levels.csv", tmp_path / "out")))
-    with served(lambda port: voila_command(page_at, port), tmp_path / "voila.log", "/voila/static/voila.js") as address, browser(1280, 1000) as (page, complaints):
+    code = "import sys; from pathlib import Path; from opensora_nb.data.explorer import *; path = Path(sys.argv[1]); serve_explorer(ExploreConfig(path, path.parent / 'footage', path.parent / 'levels.csv', out=sys.argv[2], port=int(sys.argv[3]), browser=False))"
+    with served(lambda port: [sys.executable, "-c", code, str(collection), str(tmp_path / "out"), str(port)], tmp_path / "voila.log", "/voila/static/voila.js") as address, browser(1280, 1000) as (page, complaints):
         page.goto(address, wait_until="commit", timeout=120_000)
         page.wait_for_function("[...document.querySelectorAll('.os-screen video')].filter(v => v.readyState >= 2 && !v.paused).length == 5", timeout=120_000)
         box, count, rows = page.locator(".os-cards").nth(1).bounding_box(), page.evaluate(COUNT), page.evaluate(ROWS)
@@ -278,7 +283,7 @@ def test_the_served_page_answers_to_keys_and_hands(collection, tmp_path):
 def test_the_room_works_in_jupyterlab(collection, tmp_path, monkeypatch):
     for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR", "JUPYTERLAB_SETTINGS_DIR", "IPYTHONDIR"): monkeypatch.setenv(name, str(tmp_path / "jupyter" / name))
     (tmp_path / "work").mkdir()
-    write_page(tmp_path / "work" / "room.ipynb", page_code(ExploreConfig(collection, collection.parent / "footage", collection.parent / "levels.csv", tmp_path / "out")))
+    write_page(tmp_path / "work" / "room.ipynb", page_code(ExploreConfig(collection, collection.parent / "footage", collection.parent / "levels.csv", out=tmp_path / "out")))
     command = lambda port: [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--allow-root", "--IdentityProvider.token=probe", f"--ServerApp.root_dir={tmp_path / 'work'}", "--LabApp.news_url=None"]
     with served(command, tmp_path / "lab.log", "/api") as address, browser(1280, 1000) as (page, complaints):
         page.goto(f"{address}/lab/tree/room.ipynb?token=probe&reset", timeout=120_000)

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['TECHNICAL', 'SCALES', 'BINS', 'FIELD_WORDS', 'judgeable', 'Scale', 'number', 'patch', 'Layer', 'Explorer', 'loosened',
-           'read_thresholds', 'histogram_svg', 'fields_of', 'graph_html', 'lost_html', 'one_text', 'ExplorerRoom',
-           'explore', 'ExploreConfig', 'page_code', 'serve_explorer']
+           'fields_of', 'read_thresholds', 'histogram_svg', 'graph_html', 'lost_html', 'one_text', 'ExplorerRoom',
+           'open_explorer', 'explore', 'ExploreConfig', 'page_code', 'serve_explorer']
 
 # %% ../../nbs/data/23_explorer.ipynb #a39880a2
-import json, math, os, tempfile, threading
+import json, math, os, signal, subprocess, sys, tempfile, threading
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Sequence
 import numpy as np, polars as pl
-from ..cluster.files import UserError, existing, whole
+from ..cluster.files import UserError, existing
 from .filters import FilterConfig
 from .manifest import REASONS, read_manifest, read_release_table
 from .pyramid import LEVELS, RULES, Level, check_levels, export_level, read_levels, write_levels
@@ -102,22 +102,21 @@ class Layer:
 class Explorer:
     """The state of the room: a manifest, thresholds, who passes. Group 0 are the technical thresholds, group k level k of the pyramid.
 
-    folder: that of the clips' paths. sources: the footage that was curated, to show clips that were rejected, for which curation writes no file. Rows whose path leads out of the folder are left out (`outside` counts them).
+    folder: where relative paths of clips begin. root: what they may not lead out of, `folder` where not given. sources: the footage that was curated, to show clips that were rejected, for which curation writes no file. Rows whose path leads out are left out (`outside` counts them).
     filters: technical thresholds; without them the defaults, loosened to what the kept clips show. UserError where no row can be judged.
     """
-    def __init__(self, manifest: pl.DataFrame, levels: Sequence[Level] = LEVELS, filters: FilterConfig | None = None, folder: str | Path = ".", sources: str | Path | None = None):
+    def __init__(self, manifest: pl.DataFrame, levels: Sequence[Level] = LEVELS, filters: FilterConfig | None = None, folder: str | Path = ".", sources: str | Path | None = None, root: str | Path | None = None):
         check_levels(levels)
-        self.folder, self.sources = Path(folder), Path(sources) if sources is not None else None
+        self.folder, self.root, self.sources = Path(folder), Path(folder if root is None else root), Path(sources) if sources is not None else None
         rows = judgeable(manifest)
-        away = pl.col("path").str.contains(r"(^|/)\.\.(/|$)") | pl.col("path").str.starts_with("/") & ~pl.col("path").str.starts_with(f"{self.folder.absolute()}/")
-        self.rows = rows.filter(~away.fill_null(False))
+        self.rows = rows.filter(~_leads_out(rows["path"], self.folder, self.root))
         self.outside = rows.height - self.rows.height
-        if not self.rows["clip"].any(): raise UserError("there is no clip to explore: the manifest has no row that is kept or was rejected by a score" + (f"; {self.outside} lead out of the folder" if self.outside else ""))
+        if not self.rows["clip"].any(): raise UserError("there is no clip to explore: the manifest has no row that is kept or was rejected by a score" + (f"; {self.outside} lead out of {self.root}: name a larger folder (root)" if self.outside else ""))
         self.columns = _columns(self.rows)
         self._clip, self._written = self.rows["clip"].to_numpy(), self.rows["path"].is_not_null().to_numpy()
         self._seconds = np.nan_to_num(self.columns["duration_s"])
         self.scales = {c: _stretched(s, self.columns[c], [getattr(level, f) for level in levels for f in RULES if RULES[f][0] == c]) for c, s in SCALES.items() if c != "profile"}
-        self._bins: dict[str, np.ndarray] = {}
+        self._bins: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._start = (filters or loosened(self.columns, self._clip & (self.rows["status"] == "kept").to_numpy()), *levels)
         self.reset()
 
@@ -126,6 +125,8 @@ class Explorer:
         self.groups: list[FilterConfig | Level] = list(self._start)
         self._bad = {(g, f): self._fails(g, f) for g in range(len(self.groups)) for f in self.rules(g)}
         self._faults = [np.sum([self._bad[g, f] for f in self.rules(g)], axis=0, dtype=np.uint8) for g in range(len(self.groups))]
+        self._failing = {at: int(np.count_nonzero(bad & self._clip)) for at, bad in self._bad.items()}
+        self._known: dict[int, tuple] = {}          # group -> (faults, kept rows, rows with one fault); empty after a change
 
     def rules(self, group: int) -> dict[str, tuple[str, str]]:
         "Its thresholds: field -> column, reason."
@@ -149,6 +150,14 @@ def _columns(rows: pl.DataFrame) -> dict[str, np.ndarray]:
     names = dict.fromkeys(c for rules in (RULES, TECHNICAL) for c, _ in rules.values())
     found = {c: rows.select(_MADE.get(c, pl.col(c)).cast(pl.Float64).fill_null(math.nan).alias(c))[c].to_numpy() for c in names if c != "profile"}
     return found | dict(profile=rows["profile"].fill_null("").to_numpy().astype(str) if rows.height < 100_000 else rows["profile"].fill_null("").to_numpy())
+
+def _leads_out(paths: pl.Series, folder: Path, root: Path) -> pl.Series:
+    "Which paths lead out of the root by their words alone; links are looked at when a clip is opened."
+    root = os.path.abspath(root)
+    if not Path(os.path.abspath(folder)).is_relative_to(root): raise UserError(f"{folder} does not lie in {root}, out of which its clips must not lead")
+    odd = (paths.str.contains(r"(^|/)\.\.(/|$)") | paths.str.starts_with("/")).fill_null(False)
+    out = [not Path(os.path.normpath(os.path.join(os.path.abspath(folder), path))).is_relative_to(root) for path in paths.filter(odd)]
+    return pl.Series(np.isin(np.arange(len(paths)), odd.arg_true().filter(pl.Series(out, dtype=pl.Boolean)).to_numpy()))
 
 def _stretched(scale: Scale, values: np.ndarray, limits: list) -> Scale:
     "The scale with an end that shows nearly all values and every limit."
@@ -202,75 +211,88 @@ def change(self: Explorer, group: int, field: str, value: Any) -> list[tuple[int
         if getattr(before[g], f) == getattr(groups[g], f): continue
         fails = self._fails(g, f)
         self._faults[g] += fails; self._faults[g] -= self._bad[g, f]
-        self._bad[g, f] = fails
+        self._bad[g, f], self._failing[g, f], self._known = fails, int(np.count_nonzero(fails & self._clip)), {}
     return list(changed)
 
 # %% ../../nbs/data/23_explorer.ipynb #5d3a759a
 @patch
-def total_faults(self: Explorer, group: int) -> np.ndarray:
-    "How many thresholds a row fails, those of the ground included."
-    return self._faults[0] + self._faults[group] if group else self._faults[0]
+def tally(self: Explorer, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "How many thresholds each row fails, those of the ground included; the rows that are kept clips; and the clips that fail exactly one."
+    if group not in self._known:
+        total = self._faults[0] + self._faults[group] if group else self._faults[0]
+        self._known[group] = total, np.flatnonzero((total == 0) & self._clip), np.flatnonzero((total == 1) & self._clip)
+    return self._known[group]
 
 @patch
 def kept(self: Explorer, group: int) -> np.ndarray:
     "Which rows are clips that the group keeps."
-    return self._clip & (self.total_faults(group) == 0)
+    return self._clip & (self.tally(group)[0] == 0)
 
 @patch
 def layers(self: Explorer) -> list[Layer]:
     "What is in each group, the ground first."
-    names, masks = ["files", *(level.name for level in self.levels)], [self.kept(g) for g in range(len(self.groups))]
-    return [Layer(name, int(np.count_nonzero(mask)), float(self._seconds @ mask) / 3600, int(np.count_nonzero(mask & ~self._written))) for name, mask in zip(names, masks)]
+    names, rows = ["files", *(level.name for level in self.levels)], [self.tally(g)[1] for g in range(len(self.groups))]
+    return [Layer(name, len(there), float(self._seconds[there].sum()) / 3600, len(there) - int(np.count_nonzero(self._written[there]))) for name, there in zip(names, rows)]
 
 @patch
 def rejects(self: Explorer, group: int) -> dict[str, tuple[int, int]]:
     "For each threshold of a group: how many clips fail it, and how many of these fail nothing else."
-    alone = self._clip & (self.total_faults(group) == 1)
-    return {f: (int(np.count_nonzero((bad := self._bad[group, f]) & self._clip)), int(np.count_nonzero(bad & alone))) for f in self.rules(group)}
+    alone = self.tally(group)[2]
+    return {f: (self._failing[group, f], int(np.count_nonzero(self._bad[group, f][alone]))) for f in self.rules(group)}
 
 @patch
 def reread(self: Explorer) -> int:
     "How many files that their header once turned away pass the technical thresholds now. Nobody has looked at them: curation would have to."
     return int(np.count_nonzero(~self._clip & (self._faults[0] == 0)))
 
+# %% ../../nbs/data/23_explorer.ipynb #fa6a4ea3
 BINS = 64
+
+def fields_of(explorer: Explorer, group: int, column: str) -> list[str]:
+    "The thresholds of a card: those of its column, and for sharpness the one that leaves out what is mostly blurry."
+    return [f for f, (c, _) in explorer.rules(group).items() if c == column] + (["allow_blurry"] if group and column == "score_blur" else [])
 
 @patch
 def histogram(self: Explorer, group: int, column: str) -> tuple[np.ndarray, int]:
     "Clips by their place on the scale, `(3, BINS)`: kept, rejected here and nowhere else, rejected elsewhere; and the number of clips that were not measured."
     if column not in self._bins:
         place = self.scales[column].place(np.where(self._clip, self.columns[column], np.nan))
-        self._bins[column] = np.where(np.isnan(place), 3 * BINS, np.minimum(np.nan_to_num(place) * BINS, BINS - 1)).astype(np.int16)
-    own = sum(self._bad[group, f].astype(np.uint8) for f, (c, _) in self.rules(group).items() if c == column or (c, column) == ("blurry", "score_blur"))
-    state = np.where(self.total_faults(group) > own, np.int16(2 * BINS), (own > 0) * np.int16(BINS))
-    counts = np.bincount(self._bins[column] + state, minlength=3 * BINS)[: 3 * BINS].reshape(3, BINS)
-    return counts, int(np.count_nonzero(self._clip)) - int(counts.sum())
+        bins = np.where(np.isnan(place), BINS, np.minimum(np.nan_to_num(place) * BINS, BINS - 1)).astype(np.uint8)
+        self._bins[column] = bins, np.bincount(bins, minlength=BINS + 1)[:BINS]
+    bins, everything = self._bins[column]
+    total, kept, alone = self.tally(group)
+    bad = [self._bad[group, f] for f in fields_of(self, group, column)]
+    here = [alone[b[alone]] for b in bad]                                            # one fault, and it is one of these
+    for k in range(2, len(bad) + 1): here.append(np.flatnonzero((total == k) & (sum(b.view(np.uint8) for b in bad) == k) & self._clip))
+    counts = np.stack([np.bincount(bins[rows], minlength=BINS + 1)[:BINS] for rows in (kept, np.concatenate(here))])
+    return np.stack([*counts, everything - counts.sum(0)]), int(np.count_nonzero(self._clip)) - int(everything.sum())
 
 # %% ../../nbs/data/23_explorer.ipynb #d44416bd
 @patch
 def examples(self: Explorer, group: int, field: str, count: int = 3) -> tuple[list[int], list[int]]:
     "Rows just kept and just rejected by a threshold, nearest first."
+    (total, kept, _), fails = self.tally(group), self._bad[group, field]
+    good, bad = self._distances(group, field, kept), self._distances(group, field, rows := np.flatnonzero(fails & self._clip))
+    return _nearest(kept, good, count), _nearest(rows, bad + 2 * (total[rows] > 1), count)
+
+@patch
+def _distances(self: Explorer, group: int, field: str, rows: np.ndarray) -> np.ndarray:
+    "How far from the cut, NaN where nothing was measured; 4 more for clips that cannot be played."
     column, limit = self.rules(group)[field][0], getattr(self.groups[group], field)
-    total, fails = self.total_faults(group), self._bad[group, field]
-    values = self.columns["score_blur" if column == "blurry" else column]
-    if column == "profile": distance = np.zeros(len(values))
-    else:
-        mark = limit if isinstance(limit, (int, float)) and not isinstance(limit, bool) else 0.0 if field.startswith("min") else self.scales[column].top if column in self.scales else None
-        place = self.scales["score_blur" if column == "blurry" else column].place(values)
-        with np.errstate(invalid="ignore"):                         # infinity has no distance
-            distance = place if mark is None else np.abs(values - mark) / (np.abs(values) + abs(mark) + 1e-12)     # relative: beyond the scale's end, too
-        if column == "blurry": distance = np.where(fails, 1 - place, place)                    # the sharpest of the blurry, the least sharp of the others
-    playable = self._written if self.sources is None else np.ones(len(values), bool)
-    measured = ~np.isnan(distance)
-    return (_nearest(np.flatnonzero(self._clip & (total == 0) & measured), distance + 2 * ~playable, count),
-            _nearest(np.flatnonzero(self._clip & fails & measured), distance + 2 * (total > 1) + 4 * ~playable, count))
+    far = 4.0 * ~self._written[rows] if self.sources is None else np.zeros(len(rows))
+    if column == "profile": return far
+    if column == "blurry":                                              # the sharpest of the blurry, the least sharp of the others
+        place = self.scales["score_blur"].place(self.columns["score_blur"][rows])
+        return far + np.where(self._bad[group, field][rows], 1 - place, place)
+    values, mark = self.columns[column][rows], limit if limit is not None else 0.0 if field.startswith("min") else self.scales[column].top
+    with np.errstate(invalid="ignore"): return far + np.abs(values - mark) / (np.abs(values) + abs(mark) + 1e-12)       # relative: beyond the scale's end, too; infinity has no distance
 
 def _nearest(rows: np.ndarray, distance: np.ndarray, count: int) -> list[int]:
-    far = distance[rows]
+    rows, distance = rows[known := ~np.isnan(distance)], distance[known]
     if len(rows) > count:
-        few = np.flatnonzero(far <= np.partition(far, count - 1)[count - 1])[: 100 * count]
-        rows, far = rows[few], far[few]
-    return [int(k) for k in rows[np.lexsort((rows, far))][:count]]
+        few = np.flatnonzero(distance <= np.partition(distance, count - 1)[count - 1])[: 100 * count]
+        rows, distance = rows[few], distance[few]
+    return [int(k) for k in rows[np.lexsort((rows, distance))][:count]]
 
 @patch
 def faults_of(self: Explorer, group: int, row: int) -> list[str]:
@@ -282,7 +304,7 @@ def clip_file(self: Explorer, row: int) -> tuple[Path, float, float | None]:
     "File, start and end in seconds of a row's clip: the written one, or the part of its source. UserError, for the place where it would play, if there is none."
     at = self.rows.row(row, named=True)
     if at["path"] is not None:
-        if found := inside(self.folder, at["path"]): return found, 0.0, None
+        if found := inside(self.folder, at["path"], self.root): return found, 0.0, None
         raise UserError("the clip is not in the manifest's folder any more")
     if self.sources is None: raise UserError("no clip was written; name the footage (sources) to see it")
     if found := inside(self.sources, at["source"] or ""): return found, at["start_s"] or 0.0, at["end_s"]
@@ -338,10 +360,6 @@ def histogram_svg(counts: np.ndarray, scale: Scale, cuts: Sequence[float]) -> st
     ticks = "".join(f'<span style="position:absolute;left:{100 * scale.place(v):.1f}%;transform:translateX({-100 * scale.place(v):.0f}%)">{number(v, short=True)}</span>' for v in scale.ticks())
     return (f'<svg viewBox="0 0 {BINS} 48" preserveAspectRatio="none" style="display:block;width:100%;height:54px;border-bottom:1px solid var(--os-line);overflow:visible" role="img" aria-label="histogram">{"".join(paths)}{lines}</svg>'
             f'<div class="os-soft os-num" style="position:relative;height:15px;font-size:10.5px;line-height:15px">{ticks}</div>')
-
-def fields_of(explorer: Explorer, group: int, column: str) -> list[str]:
-    "The thresholds of a card: those of its column, and for sharpness the one that leaves out what is mostly blurry."
-    return [f for f, (c, _) in explorer.rules(group).items() if c == column] + (["allow_blurry"] if group and column == "score_blur" else [])
 
 def graph_html(explorer: Explorer, group: int, column: str) -> str:
     "Title and histogram of a score's card."
@@ -488,7 +506,7 @@ class ExplorerRoom:
         tools = w.Box([self.chooser, self.button, self.back]); tools.add_class("os-row")
         main = w.Box([w.VBox(self.panels), aside]); main.add_class("os-columns")
         head = w.HTML(f'{style_tag()}<h2>{label(title, 80)}</h2><p class="os-soft">Move a threshold: <b class="os-good">green</b> clips stay, <b class="os-bad">orange</b> ones go by this cut alone, grey ones go anyway. '
-                      f'Bars are square roots of counts.{f" {self.explorer.outside:,} rows lead out of the folder and are left out." if self.explorer.outside else ""}</p>')
+                      f'Bars are square roots of counts.{f" {self.explorer.outside:,} rows lead out of the folder and are left out (root names a larger one)." if self.explorer.outside else ""}</p>')
         room = w.VBox([head, self.pyramid, tools, self.status, main]); room.add_class("os-room")
         return room
 
@@ -613,44 +631,53 @@ def _words_html(self: ExplorerRoom, row: int, group: int, field: str) -> str:
             f'{" <span class=os-bad>also " + ", ".join(also) + "</span>" if also else ""} {label(name, 60)}</span>')
 
 # %% ../../nbs/data/23_explorer.ipynb #68f01e33
-def explore(manifest: str | Path, sources: str | Path | None = None, levels: str | Path | None = None, out: str | Path | None = None) -> ExplorerRoom:
-    """The room for a curated folder, manifest (.parquet) or training table of the release (.csv, .parquet).
+def open_explorer(manifest: str | Path, sources: str | Path | None = None, levels: str | Path | None = None, root: str | Path | None = None) -> tuple[Explorer, Path]:
+    """An `Explorer` for a curated folder, manifest (.parquet) or training table of the release (.csv, .parquet), and the path of the table.
 
-    sources: the footage that was curated; with it rejected clips play, too. levels: table (.csv) or an export's thresholds (.json) to begin with. out: folder of exports, `explored` beside the manifest where not given.
-    UserError where there is nothing to explore, or ipywidgets is missing.
+    sources: the footage that was curated; with it rejected clips play, too. levels: table (.csv) or an export's thresholds (.json) to begin with. root: folder that the clips' paths must not lead out of; the table's own where not given.
+    UserError where there is nothing to explore.
     """
-    widgets()
     path = existing(manifest, "curated folder, manifest or training table", "make one with `osnb curate SRC --out DIR`")
     if path.is_dir(): path = existing(path / "manifest.parquet", "manifest", "make one with `osnb curate SRC --out DIR`")
     if path.suffix not in (".csv", ".parquet"): raise UserError(f"{path}: clips are listed in a .parquet manifest or a .csv or .parquet training table")
     try: ours = path.suffix == ".parquet" and {"clip_id", "status"} <= set(pl.read_parquet_schema(path))
     except (pl.exceptions.PolarsError, OSError) as error: raise UserError(f"{path} is not a Parquet file ({str(error).splitlines()[0]})") from error
-    if sources is not None: existing(sources, "folder of footage", "name the folder that was curated")
+    for folder, what in ((sources, "folder of footage"), (root, "folder of clips")):
+        if folder is not None: existing(folder, what)
     first, filters = (LEVELS, None) if levels is None else read_thresholds(levels) if Path(levels).suffix == ".json" else (read_levels(levels), None)
-    explorer = Explorer(read_manifest(path) if ours else read_release_table(path), first, filters, path.parent, sources)
+    return Explorer(read_manifest(path) if ours else read_release_table(path), first, filters, path.parent, sources, root), path
+
+def explore(manifest: str | Path, sources: str | Path | None = None, levels: str | Path | None = None, root: str | Path | None = None, out: str | Path | None = None) -> ExplorerRoom:
+    "The room for what `open_explorer` opens. out: folder of exports, `explored` beside the table where not given. UserError, too, where ipywidgets is missing."
+    widgets()
+    explorer, path = open_explorer(manifest, sources, levels, root)
     return ExplorerRoom(explorer, out or path.parent / "explored", f"Thresholds of {path.absolute().parent.name}")
 
+# %% ../../nbs/data/23_explorer.ipynb #375c3a0f
 @dataclass(frozen=True)
 class ExploreConfig:
     "The explorer as a page of its own, on this machine."
     manifest: Path                   # curated folder, manifest (.parquet) or training table (.csv, .parquet)
     sources: Path | None = None      # the footage that was curated; with it rejected clips play, too
     levels: Path | None = None       # table of levels (.csv) or an export's thresholds (.json) to begin with
-    out: Path | None = None          # folder of exports; `explored` beside the manifest where not given
+    root: Path | None = None         # folder that the clips' paths must not lead out of; the table's own where not given
+    out: Path | None = None          # folder of exports; `explored` beside the table where not given
     port: int = 8866                 # of http://127.0.0.1
     dark: bool = False               # light ink on dark ground
     browser: bool = True             # open it in the browser
 
 def page_code(cfg: ExploreConfig) -> str:
     "The cell of the page: absolute paths, for the page lies elsewhere."
-    given = {name: str(Path(at).absolute()) for name in ("manifest", "sources", "levels", "out") if (at := getattr(cfg, name)) is not None}
+    given = {name: str(Path(at).absolute()) for name in ("manifest", "sources", "levels", "root", "out") if (at := getattr(cfg, name)) is not None}
     return f"from opensora_nb.data.explorer import explore\nexplore(**{given!r})"
 
 def serve_explorer(cfg: ExploreConfig) -> int:
-    "Serves the room until Ctrl-C; returns 0. What is wrong with the manifest is said before anything is served."
-    import subprocess
-    explore(cfg.manifest, cfg.sources, cfg.levels, cfg.out)
+    "Serves the room until Ctrl-C; returns 0, or Voila's own exit status. UserError, before anything is served, for whatever is wrong with the manifest."
+    widgets(); open_explorer(cfg.manifest, cfg.sources, cfg.levels, cfg.root)
     with tempfile.TemporaryDirectory() as temporary:
         page = write_page(Path(temporary) / "explorer.ipynb", page_code(cfg), "Explorer")
-        try: return subprocess.run(voila_command(page, cfg.port, cfg.dark, cfg.browser)).returncode
+        server = subprocess.Popen(voila_command(page, cfg.port, cfg.dark, cfg.browser))
+        if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))      # the page must not outlive its command
+        try: return server.wait()
         except KeyboardInterrupt: return 0
+        finally: server.terminate(); server.wait()

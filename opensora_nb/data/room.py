@@ -26,9 +26,9 @@ def label(text: Any, limit: int = 160) -> str:
     return html.escape(shown[:limit] + ("…" if len(text) > limit else ""), quote=True)
 
 # %% ../../nbs/data/22b_room.ipynb #7009d934
-def inside(folder: str | Path, name: str) -> Path | None:
-    "The ordinary file called `name` in `folder`, links followed; None where there is none, or where it lies elsewhere."
-    try: home, at = Path(folder).resolve(), (Path(folder) / name).resolve()
+def inside(folder: str | Path, name: str, root: str | Path | None = None) -> Path | None:
+    "The ordinary file called `name`, seen from `folder`, links followed; None where there is none, or where it does not lie in `root` (`folder` where not given)."
+    try: home, at = Path(folder if root is None else root).resolve(), (Path(folder) / name).resolve()
     except (OSError, ValueError, RuntimeError): return None                 # a NUL, a circle of links
     return at if at.is_relative_to(home) and at.is_file() else None
 
@@ -202,7 +202,7 @@ def browser(width: int = 1280, height: int = 900) -> Iterator[tuple[Any, list[st
         finally: window.close()
 
 def slim_png(data: bytes, width: int | None = None) -> bytes:
-    "A PNG with at most 256 colours, scaled down to `width`: a fifth of the bytes of a screenshot, and it looks the same."
+    "A PNG with at most 256 colours, scaled down to `width`: far fewer bytes than a screenshot has, and it looks the same."
     import io
     from PIL import Image
     image, slim = Image.open(io.BytesIO(data)).convert("RGB"), io.BytesIO()
