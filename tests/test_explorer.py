@@ -8,11 +8,11 @@ from opensora_nb.data.explorer import BINS, TECHNICAL, ExploreConfig, Explorer, 
 from opensora_nb.data.filters import FilterConfig, technical_faults
 from opensora_nb.data.manifest import manifest_frame, read_clips, read_manifest, read_release_table, write_manifest
 from opensora_nb.data.pyramid import LEVELS, RULES, Level, assign_levels, check_levels, read_levels, write_levels
-from opensora_nb.data.room import browser, chromium, label, media_tag, served, write_page
+from opensora_nb.data.room import browser, can_look, label, media_tag, served, write_page
 from opensora_nb.data.video import VideoInfo, write_video
 
 HOSTILE = '<img src=x onerror="window.pwned=1">'
-needs_browser = pytest.mark.skipif(not chromium(), reason="no Chromium, or no playwright")
+needs_browser = pytest.mark.skipif(not can_look(), reason="no Chromium, playwright or Voila")
 
 def made(n: int, seed: int = 0, nulls: bool = True) -> pl.DataFrame:
     "A manifest of scores without files: all kinds of values, and of no value."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'QUIET', 'label', 'inside', 'preview', 'media_tag', 'Latest', 'style_tag', 'widgets', 'tipped', 'write_page',
-           'voila_command', 'served', 'chromium', 'browser', 'slim_png', 'look']
+           'voila_command', 'served', 'chromium', 'can_look', 'browser', 'slim_png', 'look']
 
 # %% ../../nbs/data/22b_room.ipynb #d68459eb
 import base64, html, json, shutil, socket, subprocess, sys, tempfile, threading, time, unicodedata
@@ -188,6 +188,11 @@ def chromium() -> str | None:
     "Where the system's Chromium or Chrome is; None where there is none, or where playwright, which drives it, is missing."
     from importlib.util import find_spec
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None) if find_spec("playwright") else None
+
+def can_look() -> bool:
+    "Whether `look` can work here: with Chromium, playwright and Voila."
+    from importlib.util import find_spec
+    return bool(chromium() and find_spec("voila"))
 
 @contextmanager
 def browser(width: int = 1280, height: int = 900) -> Iterator[tuple[Any, list[str]]]:
