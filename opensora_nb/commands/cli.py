@@ -22,6 +22,7 @@ COMMANDS = {
     "caption": "write a text for every kept clip: a vision-language model here or on a server, or a known truth",
     "train-ae": "train an autoencoder",
     "train": "train the MMDiT by flow matching",
+    "plan": "what a training takes before it starts: operations, memory by part, days and dollars",
     "generate": "write clips from a prompt, or from a prompt and an image",
     "evaluate": "measure autoencoders on clips: the report's table 1, with pictures of the worst cases",
     "bench": "measure this machine: speed, equality of scores, memory",
