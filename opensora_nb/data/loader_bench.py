@@ -65,7 +65,7 @@ def footage(folder: Path, copies: int, films: tuple[str, ...] = ("bigbuckbunny",
     for name in films:
         source = sample_clips()[name]
         first = folder / f"{name}-0.mp4"
-        if size: write_video(first, decode(source, size=size), probe(source).fps)
+        if size: write_video(first, decode(source, size=size), 24 if name == "bigbuckbunny" else probe(source).fps)      # a film at its own rate, and one that is thinned out
         else: shutil.copy(source, first)
         for k in range(1, copies): shutil.copy(first, folder / f"{name}-{k}.mp4")
         info = probe(first)
@@ -73,13 +73,25 @@ def footage(folder: Path, copies: int, films: tuple[str, ...] = ("bigbuckbunny",
     pl.DataFrame(rows).write_csv(folder / "table.csv")
     return folder / "table.csv"
 
-def clips_per_second(table: Any, buckets: BucketTable, batches: int, warm: int, workers: int) -> float:
-    "Of a loader whose workers are busy all the time: `batches` after the first `warm`."
+def clips_per_second(table: Any, buckets: BucketTable, batches: int, warm: int, workers: int) -> tuple[float, float]:
+    "Of a loader whose workers are busy all the time: `batches` after the first `warm`; on the clock, and for each second of a processor (0 where the system does not say)."
     with closing(iter(Loader(table, BucketSampler(table.sizes, buckets), workers=workers, pin=False))) as stream:
         for _ in range(warm): next(stream)
-        began, count = time.perf_counter(), 0
+        began, spent, count = time.perf_counter(), _spent(), 0
         for _ in range(batches): count += len(next(stream))
-        return count / (time.perf_counter() - began)
+        return count / (time.perf_counter() - began), count / max(_spent() - spent, 1e-9) if spent else 0.0
+
+def _spent() -> float:
+    "Seconds of processors that this process and its children have used."
+    found = 0.0
+    for pid in [os.getpid(), *_children()]:
+        try: found += sum(int(n) for n in Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[11:13]) / os.sysconf("SC_CLK_TCK")
+        except OSError: pass
+    return found
+
+def _children() -> list[int]:
+    try: return [int(p) for t in Path("/proc/self/task").iterdir() for p in (t / "children").read_text().split()]
+    except OSError: return []
 
 def bench_speed(lengths: tuple[int, ...], copies: int, batch: int, batches: int, repetitions: int, workers: int, films: tuple[str, ...], size: tuple[int, int] | None, resolution: str, say: Callable[[str], None] = print) -> dict:
     "Clips a second of each way for clips of several lengths, in turns, and the largest difference of their pixels."
@@ -87,16 +99,19 @@ def bench_speed(lengths: tuple[int, ...], copies: int, batch: int, batches: int,
     with tempfile.TemporaryDirectory(prefix="osnb-loader-") as home:
         path = footage(Path(home), copies, films, size)
         tables, before = {way: kind.read(path) for way, kind in WAYS.items()}, processor_seconds()
-        rows = [dict(frames=n, clips_per_s={way: [] for way in WAYS}) for n in lengths]
+        rows = [dict(frames=n, clips_per_s={way: [] for way in WAYS}, clips_per_cpu_s={way: [] for way in WAYS}) for n in lengths]
         for repetition in range(repetitions):
             for row in rows:
                 buckets = BucketTable({resolution: {row["frames"]: (1.0, batch)}})
                 say(f"speed: {row['frames']} frames, repetition {repetition + 1} of {repetitions}")
-                for way, table in tables.items(): row["clips_per_s"][way].append(clips_per_second(table, buckets, batches, max(1, workers), workers))
+                for way in [*WAYS][repetition % 3 :] + [*WAYS][: repetition % 3]:                # nobody is always the first
+                    for key, value in zip(("clips_per_s", "clips_per_cpu_s"), clips_per_second(tables[way], buckets, batches, max(1, workers), workers)): row[key][way].append(value)
         share, equality = others_share(before, processor_seconds()), []
         for row in rows:
             row["median"] = {way: median(v) for way, v in row["clips_per_s"].items()}
             row["ratio"] = {way: row["median"]["loader"] / v for way, v in row["median"].items() if way != "loader"}
+            cpu = {way: median(v) for way, v in row["clips_per_cpu_s"].items()}
+            row["cpu_ratio"] = {way: cpu["loader"] / v if v else 1.0 for way, v in cpu.items() if way != "loader"}
             sampler = BucketSampler(tables["loader"].sizes, BucketTable({resolution: {row["frames"]: (1.0, 2)}}))
             taken = [sampler.take() for _ in range(2)]
             found = {way: [t.job(b, 24)()[0]["video"].int() for b in taken] for way, t in tables.items()}
@@ -115,10 +130,6 @@ def resident_mb(children: bool = True) -> float:
         try: found += sum(int(n) for n in re.findall(r"Rss(?:Anon|Shmem):\s*(\d+)", Path(f"/proc/{pid}/status").read_text())) / 1024
         except OSError: pass
     return found
-
-def _children() -> list[int]:
-    try: return [int(p) for t in Path("/proc/self/task").iterdir() for p in (t / "children").read_text().split()]
-    except OSError: return []
 
 def memory_run(kind: str, batches: int, workers: int, home: Path) -> dict:
     "Batches through a loader of tiny clips or tiny latents; memory after each tenth of them."
@@ -228,7 +239,7 @@ class LoaderBench:
     size: tuple[int, int] | None = (360, 640)     # of the footage
     copies: int = 6                               # files of each film
     batch: int = 4
-    batches: int = 6                              # that are timed in each turn
+    batches: int = 9                              # that are timed in each turn
     resolution: str = "256px"
     memory_batches: int = 10_000
     rows: int = 10_000_000                        # of the made manifest
@@ -271,7 +282,7 @@ def report(result: dict) -> str:
     m, s, speed, start, stats = result["machine"], result["settings"], result["speed"], result["startup"], result["statistics"]
     lines = [f"{m['cpu']}, {m['cores']} cores, {m['memory_gb']} GB; torch {m['versions']['torch']}, decord2 {m['versions']['decord2']}, PyAV {m['versions']['av']}, polars {m['versions']['polars']}",
              f"clips a second, {s['workers']} workers, to {speed['resolution']}, medians of {s['repetitions']} in turns; others used {speed['others_share'] or 0:.0%} of the machine; " + ", ".join(f"{f['film']} {f['width']} x {f['height']}, {f['frames']} frames at {f['fps']:g}" for f in speed["material"])]
-    for r in speed["rows"]: lines.append(f"  {r['frames']:4} frames " + "".join(f"{way}: {r['median'][way]:.1f}" + (f" (we are {r['ratio'][way]:.2f} times as fast)   " if way in r["ratio"] else "   ") for way in r["median"]))
+    for r in speed["rows"]: lines.append(f"  {r['frames']:4} frames " + "".join(f"{way}: {r['median'][way]:.1f}" + (f" (we: {r['ratio'][way]:.2f} times as many, {r['cpu_ratio'][way]:.2f} for a second of a processor)   " if way in r["ratio"] else "   ") for way in r["median"]))
     lines.append("  together  " + "".join(f"{way}: {x:.2f} times   " for way, x in speed["ratio"].items()))
     lines.append("same pixels: " + ", ".join(f"{e['case']}: {'equal' if e['equal'] else 'NOT EQUAL, off by ' + str(e['largest_difference'])}" for e in result["equality"]))
     for r in result["memory"]: lines.append(f"memory: {r['batches']:,} batches of tiny {r['kind']}, {r['workers']} workers, {r['seconds']:.0f} s: {r['resident_mb'][0][1]:.0f} MB after {r['resident_mb'][0][0]:,}, {r['resident_mb'][-1][1]:.0f} MB at the end, growth at most {r['growth_mb']:+.1f} MB")
