@@ -85,7 +85,7 @@ def test_a_single_picture_can_be_generated(given, tmp_path):
     assert decode(tmp_path / "00042.mp4").shape == (1, 32, 32, 3)
 
 def test_train_makes_a_run_and_generate_reads_it(given, tmp_path):
-    r = typed(*words("train --name a --data {given}/clips.safetensors --autoencoder {given}/ae --start {given}/mmdit --steps 3 --batch-size 2 --seed 1", given), cwd=tmp_path)
+    r = typed(*words("train --name a --data {given}/clips.safetensors --autoencoder {given}/ae --init {given}/mmdit --steps 3 --batch-size 2 --seed 1", given), cwd=tmp_path)
     assert r.returncode == 0 and "Traceback" not in r.stderr, r.stderr
     run = tmp_path / "runs/a"
     assert (outputs(r.stdout, "weights"), outputs(r.stdout, "log")) == (Path("runs/a/model"), Path("runs/a/log.jsonl"))
@@ -94,17 +94,17 @@ def test_train_makes_a_run_and_generate_reads_it(given, tmp_path):
     latents = list((tmp_path / "runs/data").iterdir())
     assert len(latents) == 1
     made = latents[0].stat().st_mtime_ns
-    assert main(words("train --name b --out {out} --data {given}/clips.safetensors --autoencoder {given}/ae --start {out}/a/model --steps 1 --batch-size 2", given, out=tmp_path / "runs")) == 0
+    assert main(words("train --name b --out {out} --data {given}/clips.safetensors --autoencoder {given}/ae --init {out}/a/model --steps 1 --batch-size 2", given, out=tmp_path / "runs")) == 0
     assert [(p, p.stat().st_mtime_ns) for p in (tmp_path / "runs/data").iterdir()] == [(latents[0], made)], "the second run shares the latents of the first"
     before = contents(run)
-    assert main(words("train --name a --out {out} --data {given}/clips.safetensors --autoencoder {given}/ae --start {given}/mmdit --steps 3 --batch-size 2 --seed 1 --lr 0.5", given, out=tmp_path / "runs")) == 2
+    assert main(words("train --name a --out {out} --data {given}/clips.safetensors --autoencoder {given}/ae --init {given}/mmdit --steps 3 --batch-size 2 --seed 1 --lr 0.5", given, out=tmp_path / "runs")) == 2
     assert contents(run) == before
     assert main([*words(GENERATE, given), "--mmdit", str(run / "model"), "--out", str(tmp_path / "clips")]) == 0
 
 @pytest.mark.slow
 def test_train_ae_stops_at_ctrl_c_and_the_same_command_goes_on(given, held_out, tmp_path):
     shutil.copytree(held_out, tmp_path / "runs/data")
-    command = words("train-ae pocket_dcae_gan --name x --data {given}/clips.safetensors --start {given}/ae --steps 12 --batch-size 2", given)
+    command = words("train-ae pocket_dcae_gan --name x --data {given}/clips.safetensors --init {given}/ae --steps 12 --batch-size 2", given)
     log = tmp_path / "runs/x/log.jsonl"
     p = subprocess.Popen([*OSNB, *command], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not log.exists() or log.read_text().count("\n") < 2:
@@ -142,12 +142,12 @@ REFUSED = [
     (GENERATE + " --out {given}/a-file", "a-file is a file"),
     ("train-ae --data {given}/nowhere", "no such training data"), ("train-ae --data {given}/nothing", "no such manifest"), ("train-ae --data {given}/text.safetensors", "is not a clip cache"), ("train-ae --data {given}/ae/model.safetensors", "is not a clip cache"),
     ("train-ae --data {given}/clips.safetensors --steps 0", "steps must be at least 1"), ("train-ae --data {given}/clips.safetensors --batch-size 0", "batch_size must be at least 1"), ("train-ae --data {given}/clips.safetensors --lr 0", "lr must be"),
-    ("train-ae --data {given}/clips.safetensors --start {given}/nowhere", "no weights at"), ("train-ae --clips 0", "clips must be at least 1"), ("train-ae --clips 2000 --start {given}/nowhere", "no weights at"),
-    ("train-ae dcae_128_gan --data {given}/clips.safetensors", "name the weights of the first (--start RUN/model"), ("train-ae dcae_256 --data {given}/clips.safetensors", "lpips-vgg needs its weights"),
+    ("train-ae --data {given}/clips.safetensors --init {given}/nowhere", "no weights at"), ("train-ae --clips 0", "clips must be at least 1"), ("train-ae --clips 2000 --init {given}/nowhere", "no weights at"),
+    ("train-ae dcae_128_gan --data {given}/clips.safetensors", "name the weights of the first (--init RUN/model"), ("train-ae dcae_256 --data {given}/clips.safetensors", "lpips-vgg needs its weights"),
     ("train-ae dcae_128 --lpips-weights {given}/ae --data {given}/clips.safetensors", "is not LPIPS on VGG16"), ("train-ae pocket_dcae --data {given}/clips.safetensors --adversarial-weight 0.1", "has no discriminator"),
     ("train-ae --image-share 1.5 --data {given}/clips.safetensors", "image_share must be between 0 and 1"), ("train-ae --alignment-stage 3 --data {given}/clips.safetensors", "add --alignment-weight"),
     ("train --data {given}/nowhere --autoencoder {given}/ae", "no such training data"), ("train --data {given}/clips.safetensors --autoencoder {given}/nowhere", "no weights at"),
-    ("train --data {given}/clips.safetensors --autoencoder {given}/ae --steps 0", "steps must be at least 1"), ("train --clips 2000 --autoencoder {given}/ae --start {given}/nowhere", "no weights at"),
+    ("train --data {given}/clips.safetensors --autoencoder {given}/ae --steps 0", "steps must be at least 1"), ("train --clips 2000 --autoencoder {given}/ae --init {given}/nowhere", "no weights at"),
     ("train --data {given}/odd.safetensors --autoencoder {given}/ae", "multiples of 8"),
 ]
 

@@ -369,7 +369,7 @@ def test_counters_are_copied_not_averaged():
     update_average(average, model, 0.99, 3)
     assert average["num_batches_tracked"].item() == 41
 
-@pytest.mark.parametrize("bad", [dict(steps=0), dict(batch_size=0), dict(save_every=0), dict(keep=0), dict(precision="fp8"), dict(lr=-1.0), dict(lr=math.nan), dict(lr=0.0), dict(lr=math.inf), dict(ema=1.0), dict(ema=-0.1), dict(warmup=-1), dict(batches_per_step=-1), dict(sample_every=0), dict(lr_switch=((5, 0.0),)), dict(lr_switch=((9, 1e-3), (5, 1e-3)))], ids=str)
+@pytest.mark.parametrize("bad", [dict(steps=0), dict(batch_size=0), dict(save_every=0), dict(keep=0), dict(precision="fp8"), dict(lr=-1.0), dict(lr=math.nan), dict(lr=0.0), dict(lr=math.inf), dict(ema=1.0), dict(ema=-0.1), dict(warmup=-1), dict(batches_per_step=-1), dict(sample_every=-1), dict(lr_switch=((5, 0.0),)), dict(lr_switch=((9, 1e-3), (5, 1e-3)))], ids=str)
 def test_settings_that_make_no_sense_are_refused(bad):
     with pytest.raises(ValueError, match="lr" if "lr_switch" in bad else next(iter(bad))): LoopConfig(**bad)
 

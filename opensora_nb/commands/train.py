@@ -32,7 +32,7 @@ class Config(TrainConfig):
     ema: float | None = None                   # of averaged weights, in place of the recipe's
     precision: Literal["bf16", "fp32"] | None = None                         # in place of the recipe's
     save_every: int | None = None              # steps between checkpoints, in place of the recipe's
-    sample_every: int | None = None            # steps between clips drawn on the way, in place of the recipe's
+    sample_every: int | None = None            # steps between clips drawn on the way, in place of the recipe's; 0: none
     drop_text: float | None = None             # chance that a text is left out, in place of the recipe's
     checkpointing: tuple[int, int] | None = None     # double and single blocks computed again in the backward pass, in place of the recipe's
     offload: bool | None = None                # what these keep waits in the host's memory, in place of the recipe's
@@ -82,10 +82,10 @@ def source_of(cfg: Config, recipe, models, engine):
     return CachedLatents(CachedClips(cfg.cache), recipe.table, origin, cfg.workers, models.causal)
 
 # %% ../../nbs/commands/04_train.ipynb #39cd6afa
-def draws(cfg: Config, recipe, models, source, run: Path):
+def draws(cfg: Config, recipe, models, engine):
     "A function that draws clips on the way, into `run/samples/` and beside the curves; None for a source that has no pictures."
     from opensora_nb.data.cache import ClipCache
-    if recipe.table is not None or not models: return None
+    if recipe.table is not None: return None
     size, frames = POCKET_SIZES.get(cfg.recipe, (64, 32))
     held_out = cfg.held_out_clips(size, frames, 4) if cfg.data is None else cfg.training_clips(size, frames)
     def sample(model, path: Path, step: int) -> dict:
@@ -96,11 +96,12 @@ def draws(cfg: Config, recipe, models, source, run: Path):
         from opensora_nb.inference.image_to_video import ImageToVideo, SampleConfig
         from opensora_nb.training.autoencoder import to_video
         first = to_video(held_out.clips[:2])[:, :, 0]
-        how = SampleConfig(frames, size, size, steps=12, motion_score=None)
+        how = SampleConfig(frames, size, size, steps=12, motion_score=float(held_out.motion[:2].mean()))
         prompts = [captions[0] for captions in held_out.captions[:2]]
         made = ImageToVideo(models.autoencoder, model, models.text)(prompts, first if model.cfg.cond_embed and recipe.condition_weights.keys() - {"t2v"} else None, how)
         clips = np.concatenate([np.concatenate([real, own], 2) for real, own in zip(held_out.clips[:2], to_uint8(made).permute(0, 2, 3, 4, 1).numpy())], 1)      # (T, 2 H, 2 W, 3): the clip, and ours
-        with whole(path.with_suffix(".png")) as out: Image.fromarray(np.concatenate(list(clips[:: max(1, frames // 6)]), 1)).save(out)
+        if engine.main:
+            with whole(path.with_suffix(".png")) as out: Image.fromarray(np.concatenate(list(clips[:: max(1, frames // 6)]), 1)).save(out)
         return dict(clips=clips)
     return sample
 
@@ -110,11 +111,11 @@ def run(cfg: Config) -> int:
     from opensora_nb.mmdit.flux import find_flux
     from opensora_nb.training.diffusion import train_diffusion
     recipe, folder = asked_recipe(cfg), cfg.out / (cfg.name or cfg.recipe)
-    start = shipped("mmdit") if str(cfg.start) == "shipped" else cfg.start and find_flux(cfg.start)        # a wrong name should not take minutes to show
+    start = shipped("mmdit") if str(cfg.init) == "shipped" else cfg.init and find_flux(cfg.init)        # a wrong name should not take minutes to show
     models, engine = encoders(cfg, recipe), make_engine(recipe.engine)
     try:
         source = source_of(cfg, recipe, models, engine)
-        train_diffusion(source, recipe, folder, start, engine, draws(cfg, recipe, models, source, folder), quiet=not engine.main)
+        train_diffusion(source, recipe, folder, start, engine, draws(cfg, recipe, models, engine), quiet=not engine.main)
     finally: engine.close()
     if engine.main: print(f"weights: {folder / 'model'}\nlog:     {folder / 'log.jsonl'}")
     return 0

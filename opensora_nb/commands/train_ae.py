@@ -25,7 +25,7 @@ class TrainConfig:
     out: Path = Path("runs")                   # folder of runs
     data: Path | None = None                   # a curated folder, a training table (.csv, .parquet) or a clip cache (.safetensors); without it the pocket world is rendered to OUT/data
     clips: int = 2400                          # clips of the pocket world to train on (0.15 s each to render, once)
-    start: Path | None = None                  # weights to go on from, in place of random ones; "shipped" takes the pocket weights of the package
+    init: Path | None = None                   # weights to go on from, in place of random ones; "shipped" takes the pocket weights of the package
     steps: int | None = None                   # optimizer steps, in place of the recipe's
     batch_size: int | None = None              # samples a step, in place of the recipe's
     lr: float | None = None                    # learning rate, in place of the recipe's
@@ -55,14 +55,14 @@ class TrainConfig:
         return world_cache(self.out / "data" / f"pocket-world-{seed}-{count}x{num_frames}-{size}px.safetensors", seed, count, size, num_frames)
 
     def start_from(self, kind: str) -> Path | None:
-        "The weights named by `start`; asked for before clips are rendered or encoded, for a wrong name should not take minutes to show."
-        return shipped(kind) if str(self.start) == "shipped" else self.start and find_weights(self.start)
+        "The weights named by `init`; asked for before clips are rendered or encoded, for a wrong name should not take minutes to show."
+        return shipped(kind) if str(self.init) == "shipped" else self.init and find_weights(self.init)
 
 # %% ../../nbs/commands/03_train_ae.ipynb #d7c712b7
 @dataclass(frozen=True)
 class Config(TrainConfig):
     "Train an autoencoder; ends with the PSNR of clips it has never seen."
-    recipe: tyro.conf.Positional[Literal[tuple(RECIPES)]] = "pocket_dcae"    # dcae_*: the report's, 256 px; *_gan: second phase, needs --start; pocket_*: two cores, 64 px
+    recipe: tyro.conf.Positional[Literal[tuple(RECIPES)]] = "pocket_dcae"    # dcae_*: the report's, 256 px; *_gan: second phase, needs --init; pocket_*: two cores, 64 px
     name: str | None = None                    # the run's folder is OUT/NAME, without it OUT/RECIPE; running the same again goes on where it stopped
     num_frames: int | None = None              # frames of a training window, in place of the recipe's; 4k + 1 for a causal autoencoder
     size: int | None = None                    # height and width of the clips in pixels, in place of the recipe's
@@ -87,7 +87,7 @@ def asked_recipe(cfg: Config) -> AutoencoderRecipe:
             if not recipe.adversarial: raise UserError(f"{cfg.recipe} has no discriminator to weigh: take one of {', '.join(n for n in RECIPES if n.endswith('_gan'))}")
             recipe = replace(recipe, adversarial=replace(recipe.adversarial, weight=cfg.adversarial_weight))
     except ValueError as e: raise UserError(str(e)) from e
-    if recipe.adversarial and not cfg.start: raise UserError(f"{cfg.recipe} is a second phase: name the weights of the first (--start RUN/model, or shipped for the pocket ones)")
+    if recipe.adversarial and not cfg.init: raise UserError(f"{cfg.recipe} is a second phase: name the weights of the first (--init RUN/model, or shipped for the pocket ones)")
     if recipe.loss.perceptual_network == "lpips-vgg": make_perceptual(recipe.loss)          # its weights are missing now or in an hour
     return recipe
 

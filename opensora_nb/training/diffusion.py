@@ -199,7 +199,7 @@ class _Bucketed:
     def feed(self, cfg: LoopConfig, engine: Engine) -> Feed:
         per_step = cfg.batches_per_step or engine.world_size
         loader = Loader(self.table, BucketSampler(self.table.sizes, self.buckets, cfg.seed, group=per_step), engine.rank, engine.world_size, per_step, self.workers, seed=cfg.seed)
-        loader.name = lambda row: str(self.table.paths[row])
+        loader.name = lambda row: str(self.table.paths[int(row)])
         return loader
 
     def _shapes(self, shape: Callable[[int, int, int], tuple]) -> set: return {tuple(shape(b.frames, b.height, b.width)[-2:]) for b in self.buckets.buckets}
@@ -291,14 +291,15 @@ def add_lora(model: MMDiT, rank: int):
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_TARGETS)))
 
 def starting_model(start: str | Path, cfg: MMDiTConfig) -> MMDiT:
-    """A model of config `cfg` that starts from other weights: as they are where they fit; a FLUX.1 checkpoint converted; and those of another autoencoder, or without image condition, with new layers where they must be new.
+    """A model that starts from other weights: a FLUX.1 checkpoint converted to config `cfg`; or another model of ours, of its own width and depth, with new layers where `cfg` has other latents, texts or conditions.
 
-    Raises UserError in one line where nothing is found, or width, depth or heads differ.
+    Raises UserError in one line where nothing is found, or it does not fit.
     """
     path = find_flux(start)
     if layout_of(read_shapes(path))[0] != "split": return from_flux(start, cfg, torch.float32)[0]
     model = MMDiT.from_pretrained(start)
-    return model if model.cfg == cfg else adapt(model, cfg)[0]
+    wanted = replace(model.cfg, **{name: getattr(cfg, name) for name in ("in_channels", "patch_size", "context_in_dim", "vec_in_dim", "cond_embed")})
+    return model if model.cfg == wanted else adapt(model, wanted)[0]
 
 def train_diffusion(source: Source, recipe: DiffusionRecipe, run: str | Path, start: str | Path | None = None, engine: Engine | None = None, sample: Sample | None = None, quiet: bool = False) -> MMDiT:
     """Trains on a source and returns the model with averaged weights; also written to `run/model/`, under low-rank adaptation with these merged (the matrices alone lie in `run/lora/`).

@@ -38,15 +38,15 @@ class LoopConfig:
     precision: str = "bf16"            # of activations: bf16 (autocast) or fp32; weights are float32
     seed: int = 42                     # of sample order, noise and dropout
     save_every: int = 200              # steps between checkpoints
-    sample_every: int = 1000           # steps between samples
+    sample_every: int = 1000           # steps between samples; 0: none
     keep: int = 2                      # checkpoints kept
 
     def __post_init__(self):
         if self.precision not in ("bf16", "fp32"): raise ValueError(f"precision is bf16 or fp32, not {self.precision!r}")
         object.__setattr__(self, "lr_switch", tuple(tuple(x) for x in self.lr_switch))
-        for name in ("steps", "batch_size", "save_every", "sample_every", "keep"):
+        for name in ("steps", "batch_size", "save_every", "keep"):
             if getattr(self, name) < 1: raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("batches_per_step", "warmup"):
+        for name in ("batches_per_step", "warmup", "sample_every"):
             if getattr(self, name) < 0: raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for lr in (self.lr, *(lr for _, lr in self.lr_switch)):
             if not 0 < lr < math.inf: raise ValueError(f"lr must be a number above 0, got {lr}")
@@ -163,7 +163,7 @@ class Player:
     "Modules that learn by one AdamW, on an engine. name: whose loss it is, for the error. units: parts that may be gathered one at a time."
     def __init__(self, name: str, loss: Callable[..., dict[str, torch.Tensor]], modules: Sequence[nn.Module], cfg: LoopConfig, engine: Engine | None = None, units: Sequence[nn.Module] = ()):
         self.name, self.cfg, self.engine = name, cfg, engine or Engine("cpu")
-        self.step, self.optimizer = self.engine.prepare(Step(loss, modules), lambda params: torch.optim.AdamW(params, cfg.lr, cfg.betas, cfg.eps, cfg.weight_decay), units)
+        self.step, self.optimizer = self.engine.prepare(Step(loss, modules), lambda params: torch.optim.AdamW(params, cfg.lr, cfg.betas, cfg.eps, cfg.weight_decay), [*units, *modules])      # the model too: it is called by itself to draw samples
         self.params, self.finite = learning(self.step), True
 
     def play(self, share: float, last: bool, *given) -> dict[str, torch.Tensor]:
@@ -371,7 +371,7 @@ class averaged_weights:
         self.grad.__exit__(*error)
 
 # %% ../../nbs/training/00_loop.ipynb #c3d64bce
-Sample = Callable[[nn.Module, Path, int], dict[str, Any] | None]        # averaged model, path stem, step -> pictures and clips for the curves' page
+Sample = Callable[[nn.Module, Path, int], dict[str, Any] | None]        # averaged model, path stem, step -> pictures and clips for the curves' page; called on every process
 
 def train(model: nn.Module, loss: Loss, feed: Feed, cfg: LoopConfig, run: str | Path, about: dict, model_config: dict, engine: Engine | None = None, sample: Sample | None = None, quiet: bool = False,
           helper: nn.Module | None = None, rival: Rival | None = None, units: Sequence[nn.Module] = (), operations: Callable[[Batch], float] | None = None, limit: float | None = None) -> nn.Module:
@@ -399,7 +399,7 @@ def train(model: nn.Module, loss: Loss, feed: Feed, cfg: LoopConfig, run: str | 
                 records.flush()                                # a kill later loses only what is repeated anyway
                 at.save()
             if asked and not end: raise KeyboardInterrupt(f"stopped at step {at.step} of {cfg.steps}; the same command goes on from there ({run})")
-            if sample and (end or at.step % cfg.sample_every == 0):
+            if sample and cfg.sample_every and (end or at.step % cfg.sample_every == 0):
                 with averaged_weights(model, at.average): records.show(at.step, sample(model, run / "samples" / f"{at.step:07d}", at.step) or {})
     if at.average: put(model, at.average)
     return model.eval()
