@@ -96,7 +96,8 @@ def draws(cfg: Config, recipe, models, engine):
         from opensora_nb.inference.image_to_video import ImageToVideo, SampleConfig
         from opensora_nb.training.autoencoder import to_video
         first = to_video(held_out.clips[:2])[:, :, 0]
-        how = SampleConfig(frames, size, size, steps=12, motion_score=float(held_out.motion[:2].mean()))
+        frames, height, width = held_out.clips.shape[1:4]
+        how = SampleConfig(frames, height, width, steps=12, motion_score=float(held_out.motion[:2].mean()))
         prompts = [captions[0] for captions in held_out.captions[:2]]
         made = ImageToVideo(models.autoencoder, model, models.text)(prompts, first if model.cfg.cond_embed and recipe.condition_weights.keys() - {"t2v"} else None, how)
         clips = np.concatenate([np.concatenate([real, own], 2) for real, own in zip(held_out.clips[:2], to_uint8(made).permute(0, 2, 3, 4, 1).numpy())], 1)      # (T, 2 H, 2 W, 3): the clip, and ours
