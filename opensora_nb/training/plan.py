@@ -19,7 +19,7 @@ from functools import lru_cache
 from typing import Literal
 import torch
 from torch import Tensor, nn
-from ..autoencoder.bench import build as build_autoencoder, operations as autoencoder_operations
+from ..autoencoder.bench import build as build_autoencoder
 from ..autoencoder.dc_ae import VideoDCAEConfig, pocket as pocket_dc_ae
 from ..autoencoder.hunyuan import HunyuanVAEConfig
 from ..autoencoder.tiling import RELEASE, Tiling, plan as tiles
@@ -77,12 +77,35 @@ def _pieces(autoencoder: Autoencoder, frames: int, height: int, width: int, tili
                 found[piece] = found.get(piece, 0) + 1
     return found
 
-@lru_cache(maxsize=256)
-def _one_piece(autoencoder: Autoencoder, piece: tuple[int, int, int]) -> dict[str, float]: return autoencoder_operations(autoencoder, (1, *piece), optimized=False)
+@lru_cache(maxsize=8)
+def _meta_autoencoder(cfg: Autoencoder) -> nn.Module: return build_autoencoder(cfg, device="meta").to(torch.bfloat16)
+
+def _counted(autoencoder: Autoencoder, cells: tuple[int, int, int], what: str) -> float:
+    "Operations of a clip of so many latent cells, by PyTorch's counter."
+    from torch.utils.flop_counter import FlopCounterMode
+    model, (t, h, w) = _meta_autoencoder(autoencoder), cells
+    n, s, image = model.temporal_compression, model.spatial_compression, cells[0] == 1
+    made = lambda *shape: torch.empty(1, *shape, device="meta", dtype=torch.bfloat16)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        if what == "encode": model.encoder(made(3, 1 if image else (t - 1) * n + 1 if model.causal else t * n, h * s, w * s))
+        else: model.decoder(made(model.latent_channels, t, h, w), *(() if model.causal else (image,)))
+    return float(counter.get_total_flops())
+
+def _terms(t: int, area: int, image: bool) -> list[float]: return [area, float(area) ** 2] if image else [t * area, area, area**2 * t * (t + 1) / 2]
+
+@lru_cache(maxsize=32)
+def _coefficients(autoencoder: Autoencoder, what: str, image: bool) -> list[float]:
+    small = [(1, 2, 2), (1, 2, 4)] if image else [(2, 2, 2), (3, 2, 2), (2, 2, 4)]
+    table = torch.tensor([_terms(t, h * w, image) for t, h, w in small], dtype=torch.float64)
+    return torch.linalg.solve(table, torch.tensor([_counted(autoencoder, cells, what) for cells in small], dtype=torch.float64)).tolist()
 
 def encode_operations(autoencoder: Autoencoder, frames: int, height: int, width: int, tiling: Tiling | None = None, what: Literal["encode", "decode"] = "encode") -> float:
     "Operations of encoding (or decoding) one clip."
-    return sum(n * _one_piece(autoencoder, piece)[what] for piece, n in _pieces(autoencoder, frames, height, width, tiling).items()) * 1e12
+    s, total = autoencoder.spatial_compression, 0.0
+    for (T, h, w), n in _pieces(autoencoder, frames, height, width, tiling).items():
+        t = 1 if T == 1 else -(-T // autoencoder.temporal_compression)
+        total += n * sum(a * b for a, b in zip(_coefficients(autoencoder, what, T == 1), _terms(t, h * w // s**2, T == 1)))
+    return total
 
 @dataclass(frozen=True)
 class TextSizes:
@@ -134,7 +157,7 @@ def block_bytes(cfg: MMDiTConfig, kind: Literal["double", "single"], words: int,
     u, d, double, triton, learns = batch * L * D, D // N, kind == "double", how.kernels == "triton", not how.lora_rank
     norms = 2 if double else 1
     found = dict(norms=norms * (c if triton else 4 + c * learns) * u + norms * 8 * batch * L * (not triton))
-    found["projections"] = c * u
+    found["projections"] = (1 if learns or cfg.fused_qkv or how.precision != "autocast" else 3) * c * u        # autocast makes a copy for each adapter
     own = (c if triton else 4 + 4 * (learns and how.device == "cpu")) * 2 * u
     found["query_key_norms"] = own + (0 if triton else 2 * 4 * batch * L * N) + _fused_extra(cfg, double, how) * u
     found["rope"] = 0 if triton else (16 if cfg.rope_layout == "half" else 8) * L * d                        # no batch: one table for all rows
@@ -158,7 +181,8 @@ def saved_bytes(call: Callable[[], object], given: list[Tensor]) -> int:
     shapes = {tuple(t.shape) for t in given if t.ndim == 2} | {tuple(t.shape[::-1]) for t in given if t.ndim == 2}
     def look(t: Tensor) -> Tensor:
         kept.append(t)                                                               # or a later tensor may get its address
-        if t.untyped_storage().data_ptr() not in known and tuple(t.shape) not in shapes: seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        cast = tuple(t.shape[-2:]) in shapes and t.untyped_storage().nbytes() == math.prod(t.shape[-2:]) * t.element_size()
+        if t.untyped_storage().data_ptr() not in known and not cast: seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
     with torch.autograd.graph.saved_tensors_hooks(look, lambda t: t): result = call()
     del result
@@ -248,7 +272,7 @@ def standing(job: Job, gpus: int = 1) -> dict[str, float]:
     all_, learn = parameters(job.model)["all"], (lora_parameters(job.model, job.lora_rank) if job.lora_rank else parameters(job.model))["all"]
     how, n = job.how(), gpus if job.engine in ("zero2", "fsdp") else 1
     full = job.engine == "fsdp"
-    weight = 4 if full and not job.lora_rank else how.weight
+    weight = 4 if full else how.weight
     masters = 4 if job.engine == "zero2" or how.precision == "bf16" and not full else 0              # a float32 weight beside the one that computes
     extra = 0 if not job.lora_rank else learn * (4 if full else how.weight)
     return dict(weights=weight * all_ / (n if full else 1) + extra / (n if full else 1), optimizer=(8 + masters) * learn / n, average=4 * learn / (n if full else 1) * job.average, gradient=(4 if n > 1 else how.weight) / n)
@@ -307,9 +331,6 @@ def _live_bytes(given: list[Tensor]):
                 weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
             return out
     return LiveBytes()
-
-@lru_cache(maxsize=8)
-def _meta_autoencoder(cfg: Autoencoder) -> nn.Module: return build_autoencoder(cfg, device="meta").to(torch.bfloat16)
 
 def autoencoder_parameters(cfg: Autoencoder) -> int: return sum(p.numel() for p in _meta_autoencoder(cfg).parameters())
 
