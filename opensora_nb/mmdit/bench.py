@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALLOWED', 'OURS', 'STEP_WAYS', 'LIMITS', 'POLICIES', 'TABLES', 'GPU_WAYS', 'Case', 'build', 'inputs', 'to_diffusers',
            'Diffusers', 'twin', 'train', 'differences', 'bench_case', 'seconds_of', 'bench_steps', 'steps_figure',
-           'memory_mb', 'train_peak', 'save_parts', 'two_gigabytes', 'bench_load', 'operations', 'Policy', 'Recomputed',
+           'memory_mb', 'train_peak', 'save_parts', 'two_gigabytes', 'bench_load', 'operations', 'Policy',
            'recomputing', 'GPUCase', 'bench_gpu_case', 'bench_gpu', 'flux_small', 'MMDiTBench', 'quick', 'bench_mmdit',
            'report', 'ratio_figure', 'gpu_figure']
 
@@ -23,9 +23,9 @@ from statistics import median
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ..autoencoder.bench import take_turns
+from ..cluster.activations import keep, recompute
 from ..cluster.files import UserError
 from ..cluster.weights import read_shapes, save_weights
 from .attention import BACKENDS
@@ -320,31 +320,16 @@ class Policy:
 
 POLICIES = (Policy(), Policy(0, 12), Policy(0, 24), Policy(0, 38), Policy(8, 38), Policy(19, 38), Policy(19, 38, keep_attention=False))
 
-class Recomputed(nn.Module):
-    "A block that keeps its input, and perhaps the output of its attention, and runs again in the backward pass."
-    def __init__(self, block: nn.Module, keep_attention: bool):
-        super().__init__()
-        self.block, self.how = block, dict(context_fn=partial(create_selective_checkpoint_contexts, _attention_ops())) if keep_attention else {}
-
-    def forward(self, *args): return checkpoint(self.block, *args, use_reentrant=False, **self.how)
-
-def _attention_ops() -> list:
-    names = [f"_scaled_dot_product_{kind}attention{end}" for kind, end in (("flash_", ""), ("cudnn_", ""), ("efficient_", ""), ("flash_", "_for_cpu"))]
-    return [getattr(torch.ops.aten, name).default for name in names if hasattr(torch.ops.aten, name)]
-
 @contextmanager
 def recomputing(model: MMDiT, policy: Policy, compile: bool = False):
-    "The model with its first blocks wrapped, each block compiled afterwards if asked; as before at the end."
-    before = [(blocks, list(blocks)) for blocks in (model.double_blocks, model.single_blocks)]
-    for blocks, n in zip((model.double_blocks, model.single_blocks), (policy.double, policy.single)):
-        for i in range(min(n, len(blocks))): blocks[i] = Recomputed(blocks[i], policy.keep_attention)
+    "The model with its first blocks recomputed, each block compiled afterwards if asked; as before at the end."
+    blocks = [*model.double_blocks, *model.single_blocks, model.final_layer]
+    recompute([*model.double_blocks[: policy.double], *model.single_blocks[: policy.single]], policy.keep_attention)
     if compile:
-        for block in (*model.double_blocks, *model.single_blocks, model.final_layer): block.compile()
+        for block in blocks: block.compile()
     try: yield model
     finally:
-        for blocks, old in before:
-            for i, block in enumerate(old): blocks[i] = block
-        for block in (*model.double_blocks, *model.single_blocks, model.final_layer): block._compiled_call_impl = None
+        for block in blocks: keep(block); block._compiled_call_impl = None
 
 # %% ../../nbs/mmdit/07_bench.ipynb #545de3d0
 @dataclass(frozen=True)
