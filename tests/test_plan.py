@@ -61,12 +61,11 @@ TRITON = """import json, sys, torch
 sys.path.insert(0, "tests")
 from test_plan import *
 found = []
-for kind in ("double", "single"):
-    for precision in ("bf16", "fp32"):
+for kind, precision in (("double", "bf16"), ("single", "bf16"), ("single", "fp32")):
         block = a_block(SMALL, kind, precision)
         from opensora_nb.mmdit.kernels import choose_kernels
         block.kernels = choose_kernels("triton")
-        found.append((saved_by(block, SMALL, kind, 8, 40, 2, precision, "triton"), sum(block_bytes(SMALL, kind, 8, 40, 2, How(precision, "triton")).values())))
+        found.append((saved_by(block, SMALL, kind, 8, 24, 2, precision, "triton"), sum(block_bytes(SMALL, kind, 8, 24, 2, How(precision, "triton")).values())))
 print(json.dumps(found))
 """
 
@@ -95,7 +94,7 @@ def test_a_process_grows_by_what_was_predicted():
     cfg = replace(SMALL, hidden_size=192, num_heads=6)
     found = {}
     for checkpointing in ((0, 0), (2, 3)):
-        job = Job("narrow", cfg, (Shape(17, 128, 128, 1),), HunyuanVAEConfig(), words=64, encoders=False, checkpointing=checkpointing, engine="single", precision="fp32")
+        job = Job("narrow", cfg, (Shape(13, 128, 128, 1),), HunyuanVAEConfig(), words=64, encoders=False, checkpointing=checkpointing, engine="single", precision="fp32")
         found[checkpointing] = measure_growth(job, job.shapes[0])["bytes"]
         assert predict(job)[0] == pytest.approx(found[checkpointing], rel=0.15) and predict(job)[1] is None
     assert found[2, 3] < 0.7 * found[0, 0]

@@ -590,7 +590,7 @@ def predict(given: Job | DiffusionRecipe, device: torch.device | str = "cpu", gp
     device, job = torch.device(device), given if isinstance(given, Job) else job_of(given, gpus=gpus)
     peak = max(memory(job, shape, gpus, "cpu" if device.type == "cpu" else "cuda")["peak"] for shape in job.shapes)
     if device.type != "cuda" or not torch.cuda.is_available(): return int(peak), None
-    card = next((g for g in GPUS if g.name.replace("-", " ") in torch.cuda.get_device_name(device).replace("-", " ")), None)
+    card = next((g for g in GPUS if all(word in torch.cuda.get_device_name(device) for word in g.name.replace("-", " ").split())), None)
     return int(peak), plan(job, card, gpus, mfu=mfu).seconds if card else None
 
 _CHILD = """import gc, json, sys, time, torch
