@@ -97,7 +97,7 @@ def check_schema(result):
     assert result["machine"]["cpu"] and {"torch", "diffusers"} <= result["machine"]["versions"].keys()
     for row in result["rows"]:
         if "missing" in row: continue
-        assert row["ratio"] == pytest.approx(row["theirs_s"] / row["ours_s"]) and row["best"] in row["ways"] and all(len(w["seconds"]) == result["settings"]["repetitions"] for w in row["ways"].values())
+        assert row["ratio"] == pytest.approx(row["theirs_s"] / row["ours_s"]) and row["best"] in row["ways"] and all(len(w["seconds"]) >= result["settings"]["repetitions"] for w in row["ways"].values())
     for row in result["equality"]: assert row["equal"] == (row["largest_difference"] <= row["allowed"])
     assert "missing" in result["memory"] or result["memory"]["finite"]
     assert "missing" in result["gpu"] or result["gpu"]["rows"]
