@@ -72,16 +72,20 @@ class Want:
     step: int
     seed: tuple[int, ...]  # of the place where the window begins
 
-def read_clip(want: Want, height: int, width: int) -> Tensor:
-    "uint8 `(3, T, H, W)` of a video, or of a picture where one frame is wanted. Raises VideoError, whose `reason` is a word of the manifest's, and UserError for a file that is not what the table says."
+def read_clip(want: Want, height: int, width: int, out: Tensor | None = None) -> Tensor:
+    """uint8 `(3, T, H, W)` of a video, or of a picture where one frame is wanted; written to `out`, if there is one.
+
+    Raises VideoError, whose `reason` is a word of the manifest's, and UserError for a file that is not what the table says.
+    """
     from opensora_nb.data.images import IMAGE_SUFFIXES, read_image
     from opensora_nb.data.video import one_line
     if want.frames == 1 and Path(want.path).suffix.lower() in IMAGE_SUFFIXES:
         rgb = read_image(want.path)
         _as_promised(want, 1, *rgb.shape[:2])
-        return torch.from_numpy(resize_image(rgb, height, width).copy()).permute(2, 0, 1)[:, None]
+        picture = torch.from_numpy(resize_image(rgb, height, width).copy()).permute(2, 0, 1)[:, None]
+        return picture if out is None else out.copy_(picture)
     reader = _opened(want.path, want.width)
-    total, out = len(reader), torch.empty(3, want.frames, height, width, dtype=torch.uint8)
+    total, out = len(reader), torch.empty(3, want.frames, height, width, dtype=torch.uint8) if out is None else out
     if total < want.frames * want.step: raise UserError(f"{one_line(want.path)}: has {total} frames, and {want.frames * want.step} are wanted: it was shortened")
     places = frame_indices(total, want.frames, want.step, first_frame(total, want.frames, want.step, want.seed))
     for at in range(0, len(places), CHUNK):
@@ -194,12 +198,17 @@ class DecodeJob:
     def __call__(self) -> tuple[dict[str, Tensor], list[int], list[tuple[int, str]]]:
         "Tensors of the clips that could be read, which of the batch these are, and which are lost, with the reason."
         _decord()
-        video, kept, lost = torch.empty(len(self.wanted), 3, self.wanted[0].frames, self.height, self.width, dtype=torch.uint8), [], []
+        video, kept, lost = _room(len(self.wanted), 3, self.wanted[0].frames, self.height, self.width), [], []
         for k, want in enumerate(self.wanted):
-            try: video[len(kept)] = read_clip(want, self.height, self.width)
+            try: read_clip(want, self.height, self.width, video[len(kept)])
             except (UserError, OSError, ValueError, MemoryError) as error: lost.append((k, " ".join(str(error).split()) or type(error).__name__)); continue
             kept.append(k)
         return dict(video=video if not lost else video[: len(kept)].clone()), kept, lost
+
+def _room(*shape: int) -> Tensor:
+    "Memory for a batch of bytes: in a worker where the main process can see it, too, which spares a copy."
+    if torch.utils.data.get_worker_info() is None: return torch.empty(shape, dtype=torch.uint8)
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(int(np.prod(shape)))).view(shape)
 
 @dataclass
 class LoadedBatch:

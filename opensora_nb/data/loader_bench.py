@@ -234,7 +234,7 @@ class LoaderBench:
     "How thoroughly to measure."
     workers: int = 2                              # processes that decode
     repetitions: int = 3                          # of what is timed; the median counts
-    lengths: tuple[int, ...] = (33, 65, 97)       # frames of the clips
+    lengths: tuple[int, ...] = (17, 33, 65, 97)   # frames of the clips
     films: tuple[str, ...] = ("bigbuckbunny", "bikes")
     size: tuple[int, int] | None = (360, 640)     # of the footage
     copies: int = 6                               # files of each film
