@@ -9,20 +9,19 @@ __all__ = ['WAYS', 'MEASURES', 'PlainJob', 'PlainTable', 'PickingTable', 'footag
 
 # %% ../../nbs/data/24_loader_bench.ipynb #340a29e2
 import gc, json, os, re, subprocess, sys, tempfile, time
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 import numpy as np
 import torch
 from torch import Tensor
-from ..cluster.files import UserError
 from .buckets import BucketTable, release_tables
 from .latents import CachedClips, write_shards
-from .loader import Buffers, ClipTable, CollectBetweenSteps, DecodeJob, Loader, Want, first_frame, frame_indices, resize_video, to_device
+from .loader import ClipTable, CollectBetweenSteps, DecodeJob, Loader, Want, first_frame, frame_indices, resize_video, to_device
 from .sampler import Batch, BucketSampler, ClipSizes
 
 # %% ../../nbs/data/24_loader_bench.ipynb #75e3207c
