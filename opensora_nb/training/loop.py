@@ -313,7 +313,7 @@ class Records(ExitStack):
         self.log.write(json.dumps(dict(step=step, samples=samples, **values, **more)) + "\n"); self.log.flush()
         for k, v in (values | {k: v for k, v in more.items() if isinstance(v, (int, float))}).items():
             if v is not None: self.board.add_scalar(k, v, step)
-        self.bar.update(); self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+        self.bar.update(); self.bar.set_postfix(loss="none" if values["loss"] is None else f"{values['loss']:.4f}", refresh=False)
 
     def show(self, step: int, pictures: dict[str, Any]) -> None:
         "Pictures `(H, W, 3)` or clips `(T, H, W, 3)`, uint8, beside the curves; clips as GIF, which is what TensorBoard plays."
