@@ -23,6 +23,7 @@ COMMANDS = {
     "train-ae": "train an autoencoder",
     "train": "train the MMDiT by flow matching",
     "serve": "a page with sliders on this machine: the explorer of a curated folder",
+    "search-batch": "batch sizes for this machine, by trying",
     "plan": "what a training takes before it starts: operations, memory by part, days and dollars",
     "generate": "write clips from a prompt, or from a prompt and an image",
     "evaluate": "measure autoencoders on clips: the report's table 1, with pictures of the worst cases",

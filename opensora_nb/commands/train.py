@@ -54,12 +54,14 @@ def encoders(cfg: Config, recipe):
     "Autoencoder and text encoder that go with a recipe."
     from opensora_nb.autoencoder.dc_ae import VideoDCAE
     from opensora_nb.autoencoder.hunyuan import HunyuanVAE
+    from opensora_nb.autoencoder.tiling import RELEASE, Tiling
     from opensora_nb.mmdit.text import load_text_encoder
     from opensora_nb.training.diffusion import Encoders
     if recipe.autoencoder != "pocket" and not (cfg.autoencoder and cfg.text_encoders):
         raise UserError(f"{cfg.recipe} trains the published model: name its autoencoder (--autoencoder) and its text encoders (--text-encoders)")
     kind = HunyuanVAE if recipe.autoencoder == "hunyuan" else VideoDCAE
-    return Encoders(kind.from_pretrained(cfg.autoencoder or shipped("autoencoder")), load_text_encoder(cfg.text_encoders))
+    tiling = dict(hunyuan=Tiling(256, None), dcae=RELEASE).get(recipe.autoencoder)
+    return Encoders(kind.from_pretrained(cfg.autoencoder or shipped("autoencoder")), load_text_encoder(cfg.text_encoders), tiling)
 
 def source_of(cfg: Config, recipe, models, engine):
     "What the run learns from."

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from torch import Tensor
 from ..autoencoder.dc_ae import VideoDCAE
+from ..autoencoder.tiling import Tiling
 from ..cluster.activations import Offload, recompute
 from ..cluster.engine import Engine
 from ..cluster.files import UserError, existing, whole
@@ -161,6 +162,7 @@ class Encoders:
     "The two frozen models: pixels and words in, what a step learns from out."
     autoencoder: Any                   # VideoDCAE or HunyuanVAE
     text: Any                          # TextEncoder or TextCache
+    tiling: Tiling | None = None       # of the autoencoder: the release cuts clips of more than 256 px
 
     def __post_init__(self):
         self.autoencoder.eval().requires_grad_(False)
@@ -170,7 +172,7 @@ class Encoders:
     def causal(self) -> bool: return bool(getattr(self.autoencoder, "causal", False))
 
     @torch.no_grad()
-    def encode(self, video: Tensor) -> Tensor: return torch.cat([self.autoencoder.encode(part) for part in video.split(max(1, ENCODE_PIXELS // video[0, 0].numel()))])
+    def encode(self, video: Tensor) -> Tensor: return torch.cat([self.autoencoder.encode(part, tiling=self.tiling) for part in video.split(max(1, ENCODE_PIXELS // video[0, 0].numel()))])
 
     def __call__(self, video: Tensor, texts: list[str]) -> LatentBatch:
         "video: `(B, 3, T, H, W)` in [-1, 1]. texts: with frame rate and motion score."
