@@ -58,6 +58,7 @@ def test_steps_that_cannot_run_here_are_rows():
     assert all(r["seconds"] > 0 for r in rows if r["way"] == "torch") and (torch.cuda.is_available() or any("need a GPU" in r.get("missing", "") for r in rows if r["way"] == "triton"))
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_the_quick_suite_runs_from_the_command_line(tmp_path):
     r = subprocess.run([sys.executable, "-m", "opensora_nb.commands.cli", "bench", "mmdit", "--quick", "--device", "cpu", "--workers", "1", "--out", tmp_path / "figures.json"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert r.returncode == 0, r.stderr

@@ -89,7 +89,7 @@ def test_train_makes_a_run_and_generate_reads_it(given, tmp_path):
     assert r.returncode == 0 and "Traceback" not in r.stderr, r.stderr
     run = tmp_path / "runs/a"
     assert (outputs(r.stdout, "weights"), outputs(r.stdout, "log")) == (Path("runs/a/model"), Path("runs/a/log.jsonl"))
-    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.json", "log.jsonl", "model", "samples", "tensorboard"] and read_log(run)["step"] == [1, 2, 3]
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.json", "costs.json", "log.jsonl", "model", "samples", "tensorboard"] and read_log(run)["step"] == [1, 2, 3]
     assert json.loads((run / "config.json").read_text())["loop"]["seed"] == 1 and MMDiT.from_pretrained(run / "model").cfg == TINY_MMDIT
     latents = list((tmp_path / "runs/data").iterdir())
     assert len(latents) == 1

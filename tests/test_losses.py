@@ -147,7 +147,7 @@ def test_the_adaptive_weight_makes_two_gradients_equal_in_any_unit(scale, streng
     nll, g = scale * w.square().sum(), strength * w.sum()
     d = adaptive_weight(nll, g, w)
     assert not d.requires_grad and torch.isclose(gradient_norm(d * g, w), gradient_norm(nll, w).clamp(max=1e4 * gradient_norm(g, w).item()), rtol=1e-3)
-    assert adaptive_weight(1e9 * nll, g, w) == 1e4 and adaptive_weight(1e9 * nll, g, w, cap=7.0) == 7 and adaptive_weight(0 * nll, g, w) == 0
+    assert adaptive_weight(1e12 * nll, g, w) == 1e4 and adaptive_weight(1e12 * nll, g, w, cap=7.0) == 7 and adaptive_weight(0 * nll, g, w) == 0
 
 class Toy(nn.Module):
     def __init__(self):

@@ -47,6 +47,7 @@ def test_a_trial_that_takes_too_much_is_ended_and_the_next_one_runs():
     finally: watched.close()
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_the_command_writes_a_table_that_training_takes(tmp_path, capsys):
     BucketTable({"64px": {32: (1.0, 8)}}, multiple=8).save(tmp_path / "in.json")
     assert run(Config("pocket", tmp_path / "out.json", memory=0.45, buckets=tmp_path / "in.json", cached=True)) == 0

@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tyro
 
 from opensora_nb.autoencoder import dc_ae
 from opensora_nb.autoencoder.dc_ae import VideoDCAE
 from opensora_nb.cluster.checkpoint import checkpoints
 from opensora_nb.cluster.engine import make_engine
 from opensora_nb.cluster.files import UserError
-from opensora_nb.commands.train import Config, asked_recipe
+from opensora_nb.commands.train import Config, asked_recipe, run
 from opensora_nb.data.buckets import BucketTable, release_tables
 from opensora_nb.data.cache import world_cache
 from opensora_nb.data.latents import CachedClips, cache_latents
@@ -90,6 +91,7 @@ def test_one_process_and_two_give_one_curve_and_the_one_goes_on_where_the_two_st
     a, *rest = (MMDiT.from_pretrained(tmp_path / name / "model").state_dict() for name in ("one", "ddp", "mixed"))
     assert all((a[k] - b[k]).abs().max() < 1e-4 for b in rest for k in a)
 
+@pytest.mark.soak
 def test_a_run_of_shards_in_low_precision_computes_again_and_puts_aside(folder, tmp_path):
     code, out, err = shell(TORCHRUN, "train", *PAIR, "--steps", 3, "--out", tmp_path, "--engine", "zero2", "--precision", "bf16", "--checkpointing", 1, 4, "--offload", True, cwd=folder)
     assert code == 0, err[-2000:]
@@ -188,14 +190,12 @@ def test_what_is_asked_for_takes_the_place_of_the_recipes(folder):
 @pytest.mark.parametrize("args, words", [(("stage1_256px_t2v",), ("--autoencoder", "--text-encoders")), (("pocket", "--buckets", "buckets.json"), ("--data",)), (("pocket", "--buckets", "table.csv"), ("table.csv is no bucket table",)),
                                          (("pocket", "--lr", "0"), ("lr must be",)), (("pocket", "--engine", "fsdp"), ("torchrun",)), (("pocket", "--data", "four.safetensors", "--batches-per-step", "3", "--batch-size", "2"), ("3 batches a step of 2 samples",)),
                                          (("pocket", "--init", "nowhere"), ("no weights at nowhere",)), (("pocket", "--data", "missing.csv"), ("missing.csv",)), (("pocket", "--data", "bare.csv"), ("num_frames",))], ids=lambda x: " ".join(map(str, x))[:40])
-def test_what_cannot_be_is_one_line(folder, tmp_path, args, words):
-    (folder / "bare.csv").write_text("path,text\na.mp4,b\n")
-    code, out, err = shell(OSNB, "train", *args, "--out", tmp_path / "runs", cwd=folder)
-    lines = [line for line in err.splitlines() if line and "encoding clips" not in line]
-    assert code == 2 and len(lines) == 1 and all(w in err for w in words), err
+def test_what_cannot_be_is_one_line(folder, tmp_path, args, words, monkeypatch):
+    monkeypatch.chdir(folder)
+    Path("bare.csv").write_text("path,text\na.mp4,b\n")
+    error(lambda: run(tyro.cli(Config, args=[*args, "--out", str(tmp_path / "runs")])), *words)
     assert not list((tmp_path / "runs").rglob("checkpoints"))
 
 def test_a_misspelt_recipe_or_field_gets_the_nearest_name(folder, tmp_path):
-    for args, word in ((("pocket_stage",), "pocket_stage1"), (("pocket", "--larning-rate", "1"), "--"), (("pocket", "--batch-sise", "1"), "--batch-size")):
-        code, out, err = shell(OSNB, "train", *args, "--out", tmp_path, cwd=folder)
-        assert code == 2 and word in err and "Traceback" not in err, err
+    code, out, err = shell(OSNB, "train", "pocket", "--batch-sise", "1", "--out", tmp_path, cwd=folder)
+    assert code == 2 and "--batch-size" in err and "Traceback" not in err, err

@@ -94,12 +94,12 @@ def differences(ours: nn.Module, theirs: nn.Module, video: torch.Tensor) -> dict
 def take_turns(ways: dict[str, Callable[[], object]], repetitions: int, warm_up: bool = True, least: float = 3.0) -> dict[str, dict[str, list[float]]]:
     """Seconds on the clock and seconds of processors of each way, which run one after the other, backwards in every second round; the first call of each is not counted.
 
-    repetitions: rounds, and more of them, up to ten times as many, until each way has run for `least` seconds: three calls of a tenth of a second say nothing.
+    repetitions: rounds, and more of them, up to ten times as many, until each way has run for `least` seconds, for three calls of a tenth of a second say nothing; 1 is one.
     """
     found, round_ = {name: dict(seconds=[], cpu_seconds=[]) for name in ways}, 0
     if warm_up:
         for call in ways.values(): call()
-    while round_ < repetitions or round_ < 10 * repetitions and min(sum(f["seconds"]) for f in found.values()) < least:
+    while round_ < repetitions or 1 < repetitions <= round_ < 10 * repetitions and min(sum(f["seconds"]) for f in found.values()) < least:
         for name in list(ways)[:: -1 if round_ % 2 else 1]:
             gc.collect()
             cpu, start = time.process_time(), time.perf_counter()
