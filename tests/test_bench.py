@@ -40,6 +40,7 @@ def test_a_broken_file_is_an_error_and_no_figure(tmp_path):
     with pytest.raises(Exception, match="broken.mp4"): sweep(one_pass, [(str(tmp_path / "broken.mp4"),)], (str(sample_clips()["carphone_pristine"]),), workers=1)
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_the_quick_suite_runs_from_the_command_line_and_all_scores_are_equal(tmp_path):
     r = bench("curation", "--quick", "--workers", 1, "--out", tmp_path / "new" / "figures.json")
     assert r.returncode == 0, r.stderr

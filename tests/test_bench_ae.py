@@ -68,6 +68,7 @@ def test_operations_are_those_of_the_layers():
         assert all(v > 0 for v in operations(cfg, clip, optimized=True).values())
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_the_peak_is_that_of_a_fresh_process_and_tiles_lower_it():
     big = replace(TINY, enc_width=(64, 64, 64))
     whole, tiles = (encode_peak(big, (64, 128, 128), tiling, 1) for tiling in (None, Tiling(64, 16)))
