@@ -161,11 +161,12 @@ def test_low_rank_leaves_the_model_as_it_was_but_for_its_matrices(live, tmp_path
     again = PeftModel.from_pretrained(MMDiT.from_pretrained(tmp_path / "start"), tmp_path / "run/lora").merge_and_unload()
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(again.state_dict().values(), after.values()))
 
-def test_a_model_of_another_autoencoder_or_without_a_condition_gets_new_layers_where_it_must(live, tmp_path):
+def test_a_model_of_another_autoencoder_or_without_a_condition_gets_new_layers_where_it_must_and_says_so(live, tmp_path, capsys):
     torch.manual_seed(0)
     MMDiT(replace(TINY, in_channels=32, patch_size=2, cond_embed=False)).save_pretrained(tmp_path / "start")
-    tuned = train_diffusion(live, replace(BUCKETED, loop=replace(LOOP, steps=1)), tmp_path / "run", start=tmp_path / "start", quiet=True)
-    assert tuned.cfg == TINY and read_log(tmp_path / "run")["step"] == [1]
+    tuned = train_diffusion(live, replace(BUCKETED, loop=replace(LOOP, steps=1)), tmp_path / "run", start=tmp_path / "start")
+    said = capsys.readouterr().out
+    assert "img_in" in said and "re-initialised" in said and "cond_in" in said and tuned.cfg == TINY and read_log(tmp_path / "run")["step"] == [1]
 
 
 # ---- recipes ----

@@ -31,7 +31,7 @@ from ..data.sampler import BucketSampler
 from ..flow.matching import flow_loss, interpolate, target_velocity
 from ..flow.schedule import sample_training_t, shift_alpha, tokens_per_frame
 from ..mmdit.conditioning import DROP_TEXT, HEAD_ONLY, cached_references, check_weights, drop_text, image_condition, model_inputs, pack, reference_latents, sample_condition_kinds
-from ..mmdit.flux import adapt, find_flux, from_flux, layout_of
+from ..mmdit.flux import Conversion, adapt, find_flux, from_flux, layout_of
 from ..mmdit.model import LORA_TARGETS, MMDiT, MMDiTConfig, pocket
 from ..mmdit.text import TextEncoder, decorate
 from .autoencoder import to_video
@@ -292,16 +292,16 @@ def add_lora(model: MMDiT, rank: int):
     except ImportError: raise UserError("low-rank adaptation needs peft: pip install peft") from None
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_TARGETS)))
 
-def starting_model(start: str | Path, cfg: MMDiTConfig) -> MMDiT:
-    """A model that starts from other weights: a FLUX.1 checkpoint converted to config `cfg`; or another model of ours, of its own width and depth, with new layers where `cfg` has other latents, texts or conditions.
+def starting_model(start: str | Path, cfg: MMDiTConfig) -> tuple[MMDiT, Conversion | None]:
+    """A model that starts from other weights, and the table of what was copied and re-initialised (None: everything is as it was): a FLUX.1 checkpoint converted to config `cfg`; or another model of ours, of its own width and depth, with new layers where `cfg` has other latents, texts or conditions.
 
     Raises UserError in one line where nothing is found, or it does not fit.
     """
     path = find_flux(start)
-    if layout_of(read_shapes(path))[0] != "split": return from_flux(start, cfg, torch.float32)[0]
+    if layout_of(read_shapes(path))[0] != "split": return from_flux(start, cfg, torch.float32)
     model = MMDiT.from_pretrained(start)
     wanted = replace(model.cfg, **{name: getattr(cfg, name) for name in ("in_channels", "patch_size", "context_in_dim", "vec_in_dim", "cond_embed")})
-    return model if model.cfg == wanted else adapt(model, wanted)[0]
+    return (model, None) if model.cfg == wanted else adapt(model, wanted)
 
 def train_diffusion(source: Source, recipe: DiffusionRecipe, run: str | Path, start: str | Path | None = None, engine: Engine | None = None, sample: Sample | None = None, quiet: bool = False) -> MMDiT:
     """Trains on a source and returns the model with averaged weights; also written to `run/model/`, under low-rank adaptation with these merged (the matrices alone lie in `run/lora/`).
@@ -311,7 +311,8 @@ def train_diffusion(source: Source, recipe: DiffusionRecipe, run: str | Path, st
     engine = engine or Engine("cpu")
     torch.manual_seed(recipe.loop.seed)
     _fits(recipe.model, recipe, source)                            # before 11 billion weights are made in vain
-    model = starting_model(start, recipe.model) if start else MMDiT(recipe.model)
+    model, table = starting_model(start, recipe.model) if start else (MMDiT(recipe.model), None)
+    if table and engine.main and not quiet: print(table)
     low_rank = add_lora(model, recipe.lora_rank) if recipe.lora_rank else None
     blocks = [*model.double_blocks, *model.single_blocks]
     recompute([*model.double_blocks[: recipe.checkpointing[0]], *model.single_blocks[: recipe.checkpointing[1]]], recipe.keep_attention, Offload() if recipe.offload else None)
