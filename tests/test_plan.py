@@ -208,7 +208,7 @@ def test_long_clips_are_encoded_one_after_the_other(monkeypatch):
     from opensora_nb.training import diffusion
     seen = []
     class Counting(torch.nn.Module):
-        def encode(self, video): seen.append(len(video)); return video.mean((3, 4), keepdim=True)
+        def encode(self, video, tiling=None): seen.append(len(video)); return video.mean((3, 4), keepdim=True)
     encoders = Encoders(Counting(), lambda texts: (torch.zeros(1, 1, 1), torch.zeros(1, 1)))
     video = torch.rand(5, 3, 4, 8, 8)
     whole = encoders.encode(video)
