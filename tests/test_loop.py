@@ -67,7 +67,8 @@ space = {"__name__": "program"}
 exec(PROGRAM, space)
 fit, duel = space["fit"], space["duel"]
 
-COSTS = {"seconds", "seconds_data", "seconds_model", "seconds_rival", "seconds_optimizer", "samples_per_s", "memory_gb"}      # of a step, never twice the same
+PARTS = ("data", "forward", "backward", "optimizer", "logging")
+COSTS = {"seconds", *(f"seconds_{p}" for p in (*PARTS, "rival", "saving", "sampling")), "samples_per_s", "memory_gb"}      # of a step, never twice the same
 
 def contents(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
@@ -409,7 +410,9 @@ def test_one_batch_or_several_give_the_same_step(tmp_path):
         return train(model, lambda b, g: dict(loss=(model(x[b.rows]) - x[b.rows].sum(1, keepdim=True)).square().mean()), Shuffled(50, cfg), cfg, tmp_path / name, {}, {}, quiet=True)
     one, three = line("one", 1), line("three", 3)
     assert torch.allclose(one.weight, three.weight, atol=1e-6) and read_log(tmp_path / "one")["loss"] == pytest.approx(read_log(tmp_path / "three")["loss"], rel=1e-4)
-    for log in map(read_log, (tmp_path / "one", tmp_path / "three")): assert log.keys() >= COSTS - {"seconds_rival"} and all(0 < a + b + c <= d * 1.01 for a, b, c, d in zip(*(log["seconds" + k] for k in ("_data", "_model", "_optimizer", ""))))
+    for log in map(read_log, (tmp_path / "one", tmp_path / "three")): 
+        assert log.keys() >= COSTS - {"seconds_rival", "seconds_saving", "seconds_sampling"}
+        assert all(0 < sum(parts) <= s * 1.01 for s, *parts in zip(*(log[k] for k in ("seconds", *(f"seconds_{p}" for p in PARTS)))))
 
 
 # ---- checkpoints ----

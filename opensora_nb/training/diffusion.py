@@ -317,8 +317,9 @@ def train_diffusion(source: Source, recipe: DiffusionRecipe, run: str | Path, st
     blocks = [*model.double_blocks, *model.single_blocks]
     recompute([*model.double_blocks[: recipe.checkpointing[0]], *model.single_blocks[: recipe.checkpointing[1]]], recipe.keep_attention, Offload() if recipe.offload else None)
 
-    def loss(batch: Batch, generator: torch.Generator) -> dict[str, Tensor]: return diffusion_loss(model, source.batch(batch, generator).to(engine.device), recipe, generator)
-    train(model, loss, source.feed(recipe.loop, engine), recipe.loop, run, _about(source, recipe, model), asdict(model.cfg), engine, sample, quiet, units=blocks, operations=lambda batch: _operations(model.cfg, source, batch), limit=_limit(engine))
+    def prepare(batch: Batch, generator: torch.Generator) -> LatentBatch: return source.batch(batch, generator).to(engine.device)
+    def loss(given: LatentBatch, generator: torch.Generator) -> dict[str, Tensor]: return diffusion_loss(model, given, recipe, generator)
+    train(model, loss, source.feed(recipe.loop, engine), recipe.loop, run, _about(source, recipe, model), asdict(model.cfg), engine, sample, quiet, units=blocks, operations=lambda batch: _operations(model.cfg, source, batch), limit=_limit(engine), prepare=prepare)
     return _finished(model, low_rank, Path(run), engine)
 
 def _about(source: Source, recipe: DiffusionRecipe, model: MMDiT) -> dict:
