@@ -16,7 +16,7 @@ def gradients(y, weigh, wrt): return torch.autograd.grad((y * weigh).sum(), wrt)
 @pytest.fixture
 def everywhere(monkeypatch):
     "Exchanged ways are taken whatever they gain."
-    monkeypatch.setattr(speed, "LEAST_CHANNELS", 1); monkeypatch.setattr(speed, "LEAST_POSITIONS", 1); monkeypatch.setattr(FoldedUp, "least", 1)
+    monkeypatch.setattr(speed, "LEAST_MULTIPLICATIONS", 0); monkeypatch.setattr(speed, "LEAST_POSITIONS", 0); monkeypatch.setattr(FoldedUp, "least", 1)
 
 def model(seed=0):
     torch.manual_seed(seed)
@@ -33,12 +33,18 @@ def test_winograd_over_time_is_the_convolution_forward_and_backward(everywhere, 
     g = torch.Generator().manual_seed(frames)
     x, w = torch.randn(2, 5, frames, 6, 7, generator=g, requires_grad=True), (torch.randn(4, 5, *kernel, generator=g) / 10).requires_grad_()
     b = torch.randn(4, generator=g, requires_grad=True) if bias else None
-    ours, plain = convolution(x, w, b, padding, stride), F.conv3d(x, w, b, stride, padding)
-    assert type(ours.grad_fn).__name__ == "_TimeWinogradBackward"
+    ours, plain = speed._TimeWinograd.apply(x.contiguous(memory_format=torch.channels_last_3d), w, b, stride, padding), F.conv3d(x, w, b, stride, padding)
     near(ours, plain)
     assert not ours._is_view() and ours.is_contiguous(memory_format=torch.channels_last_3d), "a layer behind it may add in place"
     weigh, wrt = torch.randn(plain.shape, generator=g), [t for t in (x, w, b) if t is not None]
     for a, c in zip(gradients(ours, weigh, wrt), gradients(plain, weigh, wrt)): near(a, c)
+
+@pytest.mark.parametrize("size, stride, chosen", [((1, 64, 6, 64, 64), (1, 1, 1), True), ((1, 64, 6, 64, 64), (1, 2, 2), False), ((1, 64, 2, 32, 32), (1, 1, 1), False), ((1, 640, 2, 12, 16), (1, 1, 1), False)])
+def test_winograd_is_chosen_where_it_pays(monkeypatch, size, stride, chosen):
+    called, original = [], speed._TimeWinograd.apply
+    monkeypatch.setattr(speed._TimeWinograd, "apply", lambda *args: called.append(1) or original(*args))
+    w = torch.zeros(size[1], size[1], 3, 3, 3)
+    assert convolution(torch.zeros(size), w, None, (1, 1, 1), stride).shape[1] == size[1] and bool(called) == chosen
 
 @pytest.mark.parametrize("frames", [5, 8, 13])
 def test_a_large_clip_goes_through_in_stretches_and_nothing_changes(everywhere, monkeypatch, frames):
@@ -46,7 +52,8 @@ def test_a_large_clip_goes_through_in_stretches_and_nothing_changes(everywhere, 
     whole = convolution(x, w, b, (1, 1, 1))
     weigh = torch.randn_like(whole)
     wanted = gradients(whole, weigh, (x, w, b))
-    monkeypatch.setattr(speed, "_stretches", lambda x, pairs: [(k, min(k + 2, pairs)) for k in range(0, pairs, 2)])
+    original = speed._stretches
+    monkeypatch.setattr(speed, "_stretches", lambda frame, frames: original(2**20, frames))
     pieces = convolution(x, w, b, (1, 1, 1))
     near(pieces, whole, 1e-6)
     for a, c in zip(gradients(pieces, weigh, (x, w, b)), wanted): near(a, c, 1e-5)
