@@ -6,8 +6,9 @@
 __all__ = ['save_checkpoint', 'checkpoints', 'load_checkpoint']
 
 # %% ../../nbs/cluster/02_checkpoint.ipynb #2d0d83cf
-import os, re, shutil, tempfile
+import errno, os, re, shutil, tempfile
 from pathlib import Path
+from typing import Any
 import torch
 from .files import UserError
 from .weights import read_weights, save_weights
@@ -17,6 +18,7 @@ def save_checkpoint(folder: str | Path, step: int, weights: dict[str, torch.Tens
     """Writes `folder/step-0000500/` with model.safetensors, config.json and state.pt, then removes all but the newest `keep`; returns the path.
 
     weights: the model's; config: what `from_pretrained` wants beside them; state: nested dicts and lists of tensors, numbers and strings.
+    Raises UserError in one line where it cannot be written; those that were there are still there.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -27,9 +29,21 @@ def save_checkpoint(folder: str | Path, step: int, weights: dict[str, torch.Tens
         if final.exists(): shutil.rmtree(final)
         os.replace(temporary, final)
         final.chmod(0o755)
+    except (OSError, RuntimeError) as e: raise UserError(_why_not(final, _size(weights) + _size(state), e)) from e
     finally: shutil.rmtree(temporary, ignore_errors=True)
     for old in [*checkpoints(folder)[:-keep], *folder.glob(".step-*")]: shutil.rmtree(old)       # and what a killed process left half-written
     return final
+
+def _size(held: Any) -> int:
+    "Bytes of all tensors in nested dicts and lists."
+    if isinstance(held, torch.Tensor): return held.nbytes
+    return sum(map(_size, held.values() if isinstance(held, dict) else held if isinstance(held, (list, tuple)) else ()))
+
+def _why_not(path: Path, size: int, error: Exception) -> str:
+    free = shutil.disk_usage(path.parent).free           # torch has no error of its own for a full disk, so look
+    full = free < size or isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    reason = "the disk is full" if full else " ".join(str(error).split())[:120]
+    return f"cannot write checkpoint {path.name}: {reason} (it takes {size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free)"
 
 def checkpoints(folder: str | Path) -> list[Path]:
     "Complete checkpoints, oldest first."

@@ -6,7 +6,7 @@
 __all__ = ['UserError', 'existing', 'whole']
 
 # %% ../../nbs/cluster/00_files.ipynb #9b6cd218
-import os, tempfile
+import errno, os, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
@@ -38,6 +38,9 @@ def whole(path: str | Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o666 & ~_umask())   # mkstemp and some writers make private files; a result is an ordinary one
         os.replace(temporary, path)
+    except Exception as e:
+        if not isinstance(e, OSError) and f"os error {errno.ENOSPC}" in str(e): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from e      # safetensors has an error of its own for a full disk
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -105,6 +105,8 @@ def draws(cfg: Config, recipe, models, engine):
         clips = np.concatenate([np.concatenate([real, own], 2) for real, own in zip(held_out.clips[:2], to_uint8(made).permute(0, 2, 3, 4, 1).numpy())], 1)      # (T, 2 H, 2 W, 3): the clip, and ours
         if engine.main:
             with whole(path.with_suffix(".png")) as out: Image.fromarray(np.concatenate(list(clips[:: max(1, frames // 6)]), 1)).save(out)
+            moving = [Image.fromarray(frame) for frame in clips]
+            with whole(path.with_suffix(".gif")) as out: moving[0].save(out, save_all=True, append_images=moving[1:], duration=80, loop=0)
         return dict(clips=clips)
     return sample
 

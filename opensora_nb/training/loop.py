@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
-import io, json, math, signal, sys, time, torch, torch.nn as nn
+import errno, io, json, math, signal, sys, threading, time, torch, torch.nn as nn
 from tqdm import tqdm
 from ..cluster.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from ..cluster.engine import Engine, learning, placed_like
@@ -215,7 +215,7 @@ class Progress:
         self.player, self.opponent = Player("the loss", loss, [model] if helper is None else [model, helper], cfg, engine, units), rival and rival.player(cfg, engine)
         self.average = {k: v.detach().clone().float() if v.is_floating_point() else v.clone() for k, v in learned(model).items()} if cfg.ema else None
         self.step, self.seen, self.stands, self.folder = 0, 0, None, run / "checkpoints"
-        if done := checkpoints(self.folder): self.load(done[-1])
+        if done := checkpoints(self.folder): self.load(done[-1])               # whose config.json was the same; its tensors are looked at all the same
         self.batches, self.spent, self.operations = iter(feed), {}, 0.0
         for module in (model, helper, rival and rival.module):
             if module is not None: module.train()
@@ -226,11 +226,17 @@ class Progress:
         if self.helper is not None: state["helper"] = whole(learned(self.helper))
         if self.rival: state["rival"] = dict(weights=whole(self.rival.module.state_dict()), optimizer=told(self.opponent.step, self.opponent.optimizer))
         average = whole(self.average) if self.average else state["weights"]
-        if self.engine.main: save_checkpoint(self.folder, self.step, average, self.model_config, state, self.cfg.keep)
-        self.engine.wait()
+        problem = None
+        if self.engine.main:
+            try: save_checkpoint(self.folder, self.step, average, self.model_config, state, self.cfg.keep)
+            except UserError as e: problem = e
+        if self.engine.any(problem is not None): raise problem or UserError(f"checkpoint step-{self.step:07d} could not be written by the first process")      # or the others would wait for ever
 
     def load(self, path: Path) -> None:
         weights, state = load_checkpoint(path)
+        ours, theirs = ({k: tuple(v.shape) for k, v in d.items()} for d in (learned(self.model), state["weights"]))
+        if wrong := sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)):
+            raise UserError(f"checkpoint {path} is another model's: {len(wrong)} names or shapes differ, first {wrong[0]} ({theirs.get(wrong[0], 'missing')} there, {ours.get(wrong[0], 'unknown')} here): choose another name for the run, or remove the folder")
         load, recall = self.engine.load, self.engine.load_optimizer
         load(self.model, state["weights"]); recall(self.player.step, self.player.optimizer, state["optimizer"]); self.feed.load_state_dict(state["feed"])
         if self.helper is not None: load(self.helper, state["helper"])      # the frozen part of it is not in there
@@ -315,7 +321,16 @@ class Records(ExitStack):
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         with whole(file) as out: out.write_text("".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step))      # a resumed run writes the others again
         self.log, self.board = self.enter_context(open(file, "a")), self.enter_context(SummaryWriter(str(run / "tensorboard"), purge_step=step + 1))
+        before = threading.excepthook
+        self.callback(setattr, threading, "excepthook", before)
+        threading.excepthook = lambda told: None if isinstance(told.exc_value, OSError) else before(told)       # TensorBoard writes in a thread; what stops it there is raised here as well
         self.bar = self.enter_context(tqdm(total=steps, initial=step, desc=run.name, unit="step", disable=quiet, mininterval=2))
+
+    def __exit__(self, *error):
+        try: return super().__exit__(*error)
+        except OSError:
+            if error[0] is None: raise
+            return False                                       # a full disk does not let itself be closed either; it has been told
 
     def write(self, step: int, samples: int, values: dict[str, float], **more) -> None:
         "One line of the log, one point of each curve; values that are not finite are null in the one and left out of the other."
@@ -356,8 +371,8 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 def read_log(run: str | Path) -> dict[str, list[float]]:
-    "Columns of a run's log: step, samples, loss, ...; None where a step has no such value."
-    lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+    "Columns of a run's log: step, samples, loss, ...; None where a step has no such value. A line that is being written is not there yet."
+    lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")]
     return {k: [line.get(k) for line in lines] for k in dict.fromkeys(k for line in lines for k in line)}
 
 # %% ../../nbs/training/00_loop.ipynb #21576ba6
@@ -403,12 +418,12 @@ def train(model: nn.Module, loss: Loss, feed: Feed, cfg: LoopConfig, run: str | 
             said = rival.watch(values) if rival and rival.playing and rival.watch else None
             costs, since = _costs(at, since, limit), time.perf_counter()
             at.spent, at.operations = {}, 0.0                  # what follows is told with the next step
-            with at.clock("logging"): records.write(at.step, at.seen, values, **costs, **(dict(warning=said) if said else {}))
+            with at.clock("logging"), _room(run, at): records.write(at.step, at.seen, values, **costs, **(dict(warning=said) if said else {}))
             if said and rival.watch.over: raise UserError(f"{run}: {said}; stopped at step {at.step}, the last checkpoint is from before: start from it with a lower rate, or a lower weight, for the {rival.name}")
             if said: records.warn(f"{run.name}, step {at.step}: {said}")
             asked, end = engine.any(stop.asked), at.step == cfg.steps
             if asked or end or at.step % cfg.save_every == 0 and not (rival and rival.playing and getattr(rival.watch, "doubtful", False)):
-                with at.clock("saving"): records.flush(); at.save()        # a kill later loses only what is repeated anyway
+                with at.clock("saving"), _room(run, at): records.flush(); at.save()        # a kill later loses only what is repeated anyway
             if asked and not end: raise KeyboardInterrupt(f"stopped at step {at.step} of {cfg.steps}; the same command goes on from there ({run})")
             if sample and cfg.sample_every and (end or at.step % cfg.sample_every == 0):
                 with at.clock("sampling"), averaged_weights(model, at.average): records.show(at.step, sample(model, run / "samples" / f"{at.step:07d}", at.step) or {})
@@ -428,3 +443,11 @@ def _costs(at: Progress, since: float, limit: float | None) -> dict[str, float]:
 def _last(at: Progress) -> str:
     done = checkpoints(at.folder)
     return f"the last good checkpoint is {done[-1].name}" if done else "there is no checkpoint yet"
+
+@contextmanager
+def _room(run: Path, at: Progress) -> Iterator[None]:
+    "What cannot be written, said with what is there to go on from."
+    try: yield
+    except (UserError, OSError) as e:
+        if isinstance(e, OSError) and e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise
+        raise UserError(f"{run}: {e.strerror.lower() + ' while the log was written' if isinstance(e, OSError) else e}; {_last(at)}: make room, and the same command goes on") from e
