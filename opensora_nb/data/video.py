@@ -155,11 +155,11 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float = 24,
     return path
 
 def h264_stream(container: av.container.OutputContainer, height: int, width: int, fps: float, crf: int, profile: str | None = None) -> av.VideoStream:
-    "An H.264 stream in an output container, the same in every file of this library."
+    "An H.264 stream in an output container, the same in every file of this library: a key frame every second, one thread."
     stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
     stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
     stream.options = {"crf": str(crf), "preset": "medium", "x264-params": "mbtree=0", **({"profile": profile} if profile else {})}
-    stream.codec_context.thread_count = 1
+    stream.codec_context.gop_size, stream.codec_context.thread_count = max(1, round(fps)), 1
     return stream
 
 # %% ../../nbs/data/02_video.ipynb #775a9dc4
