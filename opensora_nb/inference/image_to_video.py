@@ -112,13 +112,13 @@ class ImageToVideo:
 
     @torch.no_grad()
     def sample_latent(self, prompts: Sequence[str], reference: Tensor | Mapping[int, Tensor] | None, cfg: SampleConfig, seeds: Sequence[int],
-                      callback: Callable[[int, int], None] | None = None, kind: str | None = None) -> Tensor:
+                      callback: Callable[[int, int], None] | None = None, kind: str | None = None, solver: Callable[..., Tensor] | None = None) -> Tensor:
         """Latents `(B, C, T', H', W')`, float32, on the device.
 
         reference: latents by the end of the clip that they are given for, {0: head, -1: tail}, each `(B, C, n, H', W')`; a tensor is the head's; None: nothing is given. kind: of condition;
-        images at the ends given, by default.
+        images at the ends given, by default. solver: called as `solver(velocity, noise, ts)` in place of the one that cfg names.
         """
-        return _sampled(self, prompts, {} if reference is None else {0: reference} if isinstance(reference, Tensor) else dict(reference), cfg, seeds, callback, kind)
+        return _sampled(self, prompts, {} if reference is None else {0: reference} if isinstance(reference, Tensor) else dict(reference), cfg, seeds, callback, kind, solver)
 
 # %% ../../nbs/inference/00_image_to_video.ipynb #31109f43
 def _dtype(module: torch.nn.Module) -> torch.dtype: return next(module.parameters()).dtype
@@ -127,7 +127,8 @@ def kind_of(given: Mapping[int, Tensor]) -> str:
     "The condition kind of images given for the first frame (0), the last (-1) or both; t2v for none."
     return {(): "t2v", (0,): "i2v_head", (-1,): "i2v_tail", (-1, 0): "i2v_loop"}[tuple(sorted(given))]
 
-def _sampled(self: ImageToVideo, prompts: Sequence[str], given: dict[int, Tensor], cfg: SampleConfig, seeds: Sequence[int], callback: Callable[[int, int], None] | None, kind: str | None) -> Tensor:
+def _sampled(self: ImageToVideo, prompts: Sequence[str], given: dict[int, Tensor], cfg: SampleConfig, seeds: Sequence[int], callback: Callable[[int, int], None] | None, kind: str | None,
+             solver: Callable[..., Tensor] | None = None) -> Tensor:
     kind, (C, T, H, W), B = kind or kind_of(given), self.autoencoder.latent_shape(cfg.num_frames, cfg.height, cfg.width), len(prompts)
     noise = torch.stack([torch.randn(C, T, H, W, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(self.device)      # drawn here, so that a seed is the same clip on every device
     with self.turn("text"): tokens, pooled = (x.to(self.device) for x in self.text([decorate(p, cfg.fps, cfg.motion_score) for p in prompts] + [cfg.negative_prompt]))
@@ -147,7 +148,7 @@ def _sampled(self: ImageToVideo, prompts: Sequence[str], given: dict[int, Tensor
         if callback: callback(step + 1, cfg.steps)
         return unpack(v, T, H, W, self.model.cfg.patch_size)
 
-    with self.turn("model"): latent = SOLVERS[cfg.solver](velocity, noise, timesteps(cfg.steps, shift_alpha(tokens_per_frame(H, W, self.model.cfg.patch_size), T)))
+    with self.turn("model"): latent = (solver or SOLVERS[cfg.solver])(velocity, noise, timesteps(cfg.steps, shift_alpha(tokens_per_frame(H, W, self.model.cfg.patch_size), T)))
     if cfg.write_back and kind.startswith("i2v") and T > 1:
         for end in given_frames(kind): latent[:, :, end] = given[end][:, :, end].to(latent)
     return latent
