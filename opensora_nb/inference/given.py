@@ -48,7 +48,7 @@ def picture_tensor(source: Any, size: tuple[int, int], name: str = "") -> Tensor
     from opensora_nb.data.video import resize_crop
     picture = read_picture(source)
     check_shape(*picture.shape[:2], size, name or (str(source) if isinstance(source, (str, Path)) else "the picture"))
-    return torch.from_numpy(resize_crop(picture[None], size)[0]).movedim(-1, 0).float() / 127.5 - 1
+    return torch.tensor(resize_crop(picture[None], size)[0]).movedim(-1, 0).float() / 127.5 - 1
 
 # %% ../../nbs/inference/03_given.ipynb #0563669b
 def stretch_frames(kind: str, causal: bool, group: int = 4) -> int:
@@ -56,18 +56,18 @@ def stretch_frames(kind: str, causal: bool, group: int = 4) -> int:
     n = max(given_frames(kind, causal).values(), default=0)
     return n if n <= 1 else (n - 1) * group + 1 if causal else n * group
 
-def read_stretch(source: Any, frames: int, end: int, size: tuple[int, int], fps: float | None = None) -> Tensor:
+def read_stretch(source: Any, frames: int, end: int, size: tuple[int, int], fps: float | None = None, whole: bool = False) -> Tensor:
     """The first (end 0) or last (end -1) `frames` frames of a film, `(3, frames, H, W)` in [-1, 1] of the size (height, width).
 
-    source: a video file, a uint8 array `(T, H, W, 3)` or a tensor `(3, T, H, W)` in [-1, 1]. fps: of the clip to be made; a file of more frames a second is read at this rate. Raises UserError for a film that is too short or cannot be read.
+    whole: all of its frames, if it has at least so many. source: a video file, a uint8 array `(T, H, W, 3)` or a tensor `(3, T, H, W)` in [-1, 1]. fps: of the clip to be made; a file of more frames a second is read at this rate. Raises UserError for a film that is too short or cannot be read.
     """
     from opensora_nb.data.video import resize_crop
     name = str(source) if isinstance(source, (str, Path)) else "the film"
     film = _film(source, size, fps)
     if len(film) < frames: raise UserError(f"{name} has {len(film)} frames, and {frames} are needed: give a longer one, or an image")
     check_shape(*film.shape[1:3], size, name)
-    picked = film[:frames] if end == 0 else film[-frames:]
-    return torch.from_numpy(resize_crop(picked, size)).permute(3, 0, 1, 2).float() / 127.5 - 1
+    picked = film if whole else film[:frames] if end == 0 else film[-frames:]
+    return torch.tensor(resize_crop(picked, size)).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 def _film(source: Any, size: tuple[int, int], fps: float | None) -> np.ndarray:
     "Frames `(T, H, W, 3)`, uint8, thinned to about `fps`."
