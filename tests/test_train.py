@@ -190,10 +190,14 @@ def test_what_is_asked_for_takes_the_place_of_the_recipes(folder):
 # ---- what is refused ----
 @pytest.mark.parametrize("args, words", [(("stage1_256px_t2v",), ("--autoencoder", "--text-encoders")), (("pocket", "--buckets", "buckets.json"), ("--data",)), (("pocket", "--buckets", "table.csv"), ("table.csv is no bucket table",)),
                                          (("pocket", "--lr", "0"), ("lr must be",)), (("pocket", "--engine", "fsdp"), ("torchrun",)), (("pocket", "--data", "four.safetensors", "--batches-per-step", "3", "--batch-size", "2"), ("3 batches a step of 2 samples",)),
-                                         (("pocket", "--init", "nowhere"), ("no weights at nowhere",)), (("pocket", "--data", "missing.csv"), ("missing.csv",)), (("pocket", "--data", "bare.csv"), ("num_frames",))], ids=lambda x: " ".join(map(str, x))[:40])
+                                         (("pocket", "--init", "nowhere"), ("no weights at nowhere",)), (("pocket", "--data", "missing.csv"), ("missing.csv",)), (("pocket", "--data", "bare.csv"), ("num_frames",)),
+                                         (("pocket", "--data", "bare.csv", "--buckets", "buckets.json"), ("bare.csv", "num_frames")), (("pocket", "--data", "table.csv", "--buckets", "large.json"), ("none of 13 clips fits a bucket", "height 48 to 48")),
+                                         (("pocket", "--data", "gone.csv", "--buckets", "buckets.json", "--workers", "0"), ("could not be loaded", "not a video at all", "right table"))], ids=lambda x: " ".join(map(str, x))[:40])
 def test_what_cannot_be_is_one_line(folder, tmp_path, args, words, monkeypatch):
     monkeypatch.chdir(folder)
     Path("bare.csv").write_text("path,text\na.mp4,b\n")
+    Path("gone.csv").write_text("path,text,num_frames,height,width,fps\n" + "bare.csv,not a video,20,48,48,24\n" * 4)
+    BucketTable({"768px": {129: (1.0, 2)}}).save("large.json")
     error(lambda: run(tyro.cli(Config, args=[*args, "--out", str(tmp_path / "runs")])), *words)
     assert not list((tmp_path / "runs").rglob("checkpoints"))
 

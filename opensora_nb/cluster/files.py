@@ -6,7 +6,7 @@
 __all__ = ['UserError', 'existing', 'whole']
 
 # %% ../../nbs/cluster/00_files.ipynb #9b6cd218
-import errno, os, tempfile
+import os, re, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
@@ -39,7 +39,7 @@ def whole(path: str | Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())   # mkstemp and some writers make private files; a result is an ordinary one
         os.replace(temporary, path)
     except Exception as e:
-        if not isinstance(e, OSError) and f"os error {errno.ENOSPC}" in str(e): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from e      # safetensors has an error of its own for a full disk
+        if not isinstance(e, OSError) and (found := re.search(r"\(os error (\d+)\)", str(e))): raise OSError(n := int(found[1]), os.strerror(n), str(path)) from e      # safetensors has an error of its own for a full disk
         raise
     finally:
         temporary.unlink(missing_ok=True)

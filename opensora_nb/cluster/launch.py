@@ -128,9 +128,13 @@ class Launched:
     def _clear(self) -> int:
         end = time.monotonic() + (2 if not self.running else 0)           # workers whose launcher has just ended are about to
         while marked(self.mark) and time.monotonic() < end: time.sleep(0.05)
-        for pid in marked(self.mark):
-            try: os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError: pass
+        end = time.monotonic() + 10
+        while (left := marked(self.mark)) and time.monotonic() < end:
+            for pid in left:
+                try: os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError: pass
+            time.sleep(0.02)                                              # a killed process takes a moment to be gone
+            self.process.poll()
         if self.running: self.process.kill()
         atexit.unregister(self._at_exit)
         return self.process.wait()

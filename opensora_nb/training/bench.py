@@ -58,7 +58,7 @@ def _clips_on_disk(home: Path, count: int, frames: int = 40, side: int = 72) -> 
     (home / "table.csv").write_text("\n".join(["path,text,num_frames,height,width,fps", *rows]) + "\n")
     BucketTable({"64px": {32: (1.0, 8)}}, multiple=8).save(home / "buckets.json")
 
-def bench_steps(steps: int = 10, batch: int = 8, say: Callable[[str], None] = print) -> list[dict]:
+def bench_steps(steps: int = 8, batch: int = 4, threads: int = 1, say: Callable[[str], None] = print) -> list[dict]:
     "A row for training on cached latents, and one for training on video files."
     rows = []
     with tempfile.TemporaryDirectory(prefix="osnb-train-") as home:
@@ -67,8 +67,10 @@ def bench_steps(steps: int = 10, batch: int = 8, say: Callable[[str], None] = pr
         sources = {"cached latents": ["--clips", 2 * batch, "--batch-size", batch], "video files": ["--data", f"{home}/table.csv", "--buckets", f"{home}/buckets.json", "--workers", 1]}
         for name, words in sources.items():
             say(f"a step by part: {name}, {steps} steps of {batch} clips")
-            run = launch(["train", "pocket", "--init", "shipped", "--out", home, "--name", name.split()[0], "--steps", steps, "--save-every", max(1, steps - 1), "--sample-every", 0, *words], log=f"{home}/{name.split()[0]}.log")
-            while run.running: time.sleep(0.2)
+            run = launch(["train", "pocket", "--init", "shipped", "--out", home, "--name", name.split()[0], "--steps", steps, "--save-every", max(1, steps - 1), "--sample-every", 0, *words], log=f"{home}/{name.split()[0]}.log", env=dict(OMP_NUM_THREADS=str(threads)))
+            try:
+                while run.running: time.sleep(0.2)
+            finally: run.stop()
             if run.returncode: raise UserError(run.verdict())
             rows.append(dict(source=name, batch=batch) | step_parts(read_log(Path(home) / name.split()[0])))
     return rows
@@ -89,9 +91,9 @@ def parts_figure(rows: list[dict], ax=None):
     return ax
 
 # %% ../../nbs/training/09_bench.ipynb #0fda2f51
-GIVEN = {1: (1.0, 45), 8: (1.0, 12), 16: (1.0, 6), 32: (1.0, 3)}                  # frames of the pocket clips: the batch sizes of table 4 for images, 33, 65 and 129 frames
+GIVEN = {1: (1.0, 45), 8: (1.0, 12), 32: (1.0, 3)}                  # frames of the pocket clips: the batch sizes of table 4 for images, 33 and 129 frames
 
-def bench_batches(lengths: dict[int, tuple[float, int]] = GIVEN, memory_mb: float = 900, size: int = 64, threads: int = 1, changes: dict | None = None, say: Callable[[str], None] = print) -> dict:
+def bench_batches(lengths: dict[int, tuple[float, int]] = GIVEN, memory_mb: float = 400, size: int = 64, threads: int = 1, changes: dict | None = None, say: Callable[[str], None] = print) -> dict:
     "A row for each length: samples a second with the given batch size, and with the searched one."
     table = BucketTable({f"{size}px": dict(lengths)}, multiple=8)
     watched = Watched("pocket", changes, memory_mb, "cpu", True, threads, say)
@@ -349,10 +351,10 @@ class TrainBench:
     device: str = "auto"                      # "cpu", "cuda", or both where both are there
     threads: int = 2                          # of PyTorch
     repetitions: int = 2                      # of what is timed; the median counts
-    steps: int = 12                           # of the two trainings
-    batch: int = 8                            # their clips a step
+    steps: int = 8                            # of the two trainings
+    batch: int = 4                            # their clips a step
     lengths: tuple[int, ...] = tuple(GIVEN)   # frames, of the batch sizes that are searched
-    memory_mb: float = 900                    # that a step may take in that search
+    memory_mb: float = 400                    # that a step may take in that search
     slim: MMDiTConfig = slim()                # whose blocks are recomputed
     video: tuple[int, int, int] = (8, 8, 8)   # its patches
     cards: tuple[TrainCase, ...] = field(default_factory=train_cases)
@@ -371,7 +373,7 @@ def bench_train(cfg: TrainBench = TrainBench(), command: str = "", say: Callable
     result["machine"].pop("libraries", None)
     before = processor_seconds()
     if cfg.device != "cuda":
-        result["steps"] = bench_steps(cfg.steps, cfg.batch, say)
+        result["steps"] = bench_steps(cfg.steps, cfg.batch, cfg.threads, say)
         result["keeping"] = bench_keeping(cfg.slim, cfg.video, 2, cfg.repetitions, "cpu", cfg.threads, say=say)
         result["batches"] = bench_batches({t: GIVEN[t] for t in cfg.lengths}, cfg.memory_mb, threads=cfg.threads, say=say)
     result["others_share"] = others_share(before, processor_seconds())

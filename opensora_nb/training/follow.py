@@ -35,10 +35,10 @@ def curves_figure(log: dict[str, list], title: str = "", over: int = 50):
         ax.set(xlabel="step", ylabel=label)
     if "grad_norm" in log and any(v and v > 0 for v in log["grad_norm"]): axes[1].set_yscale("log")
     there = [p for p in PARTS if any(log.get(f"seconds_{p}", []))]
-    if there: axes[2].stackplot(steps, [[v or 0 for v in smooth(log[f"seconds_{p}"], over)] for p in there], labels=there, colors=[f"C{PARTS.index(p)}" for p in there], lw=0); axes[2].legend(fontsize=7, frameon=False, loc="lower right")
+    if there: axes[2].stackplot(steps, [[v or 0 for v in smooth(log[f"seconds_{p}"], over)] for p in there], labels=there, colors=[f"C{PARTS.index(p)}" for p in there], lw=0); axes[2].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
     elif "seconds" in log: axes[2].plot(steps, smooth(log["seconds"], over))
     axes[2].set(xlabel="step", ylabel="seconds of a step", ylim=(0, None))
-    for ax in axes: ax.spines[["top", "right"]].set_visible(False); ax.grid(alpha=0.2)
+    for ax in axes: ax.spines[["top", "right"]].set_visible(False); ax.grid(alpha=0.2); ax.xaxis.get_major_locator().set_params(integer=True)
     if title: fig.suptitle(title, fontsize=9)
     return fig
 
