@@ -159,14 +159,14 @@ def bench_offload(run: Callable[[], object], latent: Tensor, model: MMDiT, ae: n
     found = {}
     for mode in ("models", "blocks"):
         say(f"offload {mode}")
-        homes = [(x, x.data) for m in (model, ae) for x in (*m.parameters(), *m.buffers())]
+        homes = [(x, x.device) for m in (model, ae) for x in (*m.parameters(), *m.buffers())]
         blocks = [*model.double_blocks, *model.single_blocks]
         hooks = [(dict(b._forward_pre_hooks), dict(b._forward_hooks)) for b in blocks]
         turns = Turns(dict(model=[model], autoencoder=[ae]), device, mode)
         def under(name, call):
             with turns(name): return call()
         found[mode] = dict(step=timed(lambda: under("model", run), 1, device), decode=timed(lambda: under("autoencoder", lambda: ae.decode(latent, p.num_frames, p.tiling)), 1, device), weights_gb=turns.peak / 2**30)
-        for x, home in homes: x.data = x.data.to(home.device)
+        for x, home in homes: x.data = x.data.to(home)
         for b, (before, after) in zip(blocks, hooks):
             for now, then in ((b._forward_pre_hooks, before), (b._forward_hooks, after)):
                 for key in [k for k in now if k not in then]: del now[key]
