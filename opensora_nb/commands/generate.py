@@ -19,7 +19,6 @@ from ..inference.image_to_video import ImageToVideo, SampleConfig
 from ..inference.memory import Offload
 from ..inference.pipelines import AnyToVideo, Clips, ExtendVideo, FluxPainter, LoadConfig, Pipeline, TextToImageToVideo, find_parts, load_sampler, settings_for, settings_of
 from ..inference.prompts import Assistant, Prompt, check_prompt, motion_of, motion_score, read_prompts, refine_prompt
-from ..inference.sizes import clip_size
 
 # %% ../../nbs/commands/05_generate.ipynb #03c1d8f4
 Kind = Literal["t2v", "i2v_head", "i2v_tail", "i2v_loop", "v2v_head", "v2v_tail", "v2v_head_easy", "v2v_tail_easy"]
@@ -126,10 +125,8 @@ def read_image(path: Path, size: tuple[int, int]):
 def _pipeline(cfg: Config, how: dict, say: Callable[[str], None]) -> Pipeline:
     kind = TextToImageToVideo if cfg.t2i2v else ExtendVideo if cfg.extend else AnyToVideo
     load = {k: getattr(cfg, k) for k in ("autoencoder", "mmdit", "text_encoders") if getattr(cfg, k) is not None} | dict(device=cfg.device, offload=cfg.offload, weights=cfg.weights, limit_gb=cfg.limit_gb)
-    sized = dict(zip(("height", "width"), clip_size(cfg.resolution or "256px", cfg.aspect_ratio or "16:9"))) if cfg.resolution or cfg.aspect_ratio else {}
-    sample = SampleConfig(**{**dict(num_frames=129, height=192, width=336), **how, **sized}) if cfg.models or cfg.mmdit or cfg.limit_gb else None
-    pipe = kind.from_pretrained(cfg.models, high_compression=cfg.high_compression, sample=sample, say=say, **load, **(dict(image_model=cfg.image_model) if cfg.t2i2v else {}))
-    return pipe
+    return kind.from_pretrained(cfg.models, high_compression=cfg.high_compression, sample=how | dict(resolution=cfg.resolution, aspect_ratio=cfg.aspect_ratio), say=say, **load,
+                                **(dict(image_model=cfg.image_model) if cfg.t2i2v else {}))
 
 def _words(cfg: Config, job: Job, before: dict | None, assistant: Assistant | None) -> tuple[str, float]:
     "Prompt and motion score of a job; those of a file that was made from the same words, where they would have to be asked again."

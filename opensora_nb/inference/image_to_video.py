@@ -147,13 +147,15 @@ def _sampled(self: ImageToVideo, prompts: Sequence[str], given: dict[int, Tensor
 
     passes = Passes(run, cfg.passes, StepCache(cfg.cache) if cfg.cache else None)
     def velocity(x: Tensor, t: float, step: int) -> Tensor:
+        if callback and solver: callback(step + 1, cfg.steps)
         answers = passes(plan[step].passes, x, t)
         tokens = next(iter(answers.values())).shape[1]
         return unpack(plan[step].velocity(answers, per_token(plan[step].image, tokens) if given else None), T, H, W, self.model.cfg.patch_size)
 
     progress = (lambda step, t, x, v: callback(step + 1, cfg.steps)) if callback else None
     ts = timesteps(cfg.steps, shift_alpha(tokens_per_frame(H, W, self.model.cfg.patch_size), T))
-    with self.turn("model"): latent = (solver or SOLVERS[cfg.solver])(velocity, noise, ts, progress, kinds=[now.passes for now in plan])      # steps of different passes have different velocities
+    how = dict(callback=progress, kinds=[now.passes for now in plan])                # steps of different passes have different velocities
+    with self.turn("model"): latent = solver(velocity, noise, ts) if solver else SOLVERS[cfg.solver](velocity, noise, ts, **how)
     if cfg.write_back and kind.startswith("i2v") and T > 1:
         for end in given_frames(kind): latent[:, :, end] = given[end][:, :, end].to(latent)
     return latent

@@ -41,11 +41,11 @@ def sampling_bytes(cfg: MMDiTConfig, latent: tuple[int, int, int, int], words: i
 
 def decode_bytes(autoencoder: nn.Module, frames: int, height: int, width: int, tiling: Tiling | None = None) -> int:
     "Bytes that decoding one clip holds beside the weights at the fullest moment, the clip included. autoencoder: with weights or, as well, on the meta device; its type counts."
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    with FakeTensorMode():
-        ghost = type(autoencoder)(autoencoder.cfg)
-        latent = torch.empty(1, *ghost.latent_shape(frames, height, width))
-        return _peak(lambda: ghost.decode(latent, frames, tiling), [latent, *ghost.parameters(), *ghost.buffers()]) * next(autoencoder.parameters()).element_size() // 4
+    dtype = next(autoencoder.parameters()).dtype
+    with torch.device("meta"):
+        ghost = type(autoencoder)(autoencoder.cfg).to(dtype)
+        latent = torch.empty(1, *ghost.latent_shape(frames, height, width), dtype=dtype)
+        return _peak(lambda: ghost.decode(latent, frames, tiling), [latent, *ghost.parameters(), *ghost.buffers()])
 
 # %% ../../nbs/inference/05_memory.ipynb #08310eaa
 Offload = Literal["no", "models", "blocks"]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LAYOUT', 'HIGH_COMPRESSION', 'find_parts', 'fingerprint', 'write_clip', 'settings_of', 'Clips', 'pick_device',
-           'LoadConfig', 'load_sampler', 'usual', 'Pipeline', 'asked_text', 'settings_for', 'generate', 'AnyToVideo',
-           'TextToVideo', 'ImageToVideo', 'LoopVideo', 'ExtendVideo', 'PocketPainter', 'FluxPainter',
+           'LoadConfig', 'load_sampler', 'usual', 'changed', 'Pipeline', 'asked_text', 'settings_for', 'generate',
+           'AnyToVideo', 'TextToVideo', 'ImageToVideo', 'LoopVideo', 'ExtendVideo', 'PocketPainter', 'FluxPainter',
            'TextToImageToVideo']
 
 # %% ../../nbs/inference/06_pipelines.ipynb #4075165e
@@ -147,8 +147,8 @@ def _model_header(path: Path) -> tuple[MMDiTConfig | None, dict[str, tuple[int, 
     except (TypeError, ValueError): return None, shapes                     # the loader says what is wrong with it
 
 # %% ../../nbs/inference/06_pipelines.ipynb #c860070e
-def load_sampler(cfg: LoadConfig, sample: SampleConfig | None = None) -> tuple[Sampler, dict]:
-    """The sampler, and names and fingerprints of its weights. sample: the clip that memory is reckoned for; the models' usual one by default.
+def load_sampler(cfg: LoadConfig, sample: SampleConfig | Mapping[str, Any] | None = None) -> tuple[Sampler, dict]:
+    """The sampler, and names and fingerprints of its weights. sample: the clip that memory is reckoned for, or its changes to the models' usual one.
 
     Raises UserError in one line where something is missing, does not belong together, or does not fit, before the large parts are read.
     """
@@ -170,12 +170,12 @@ def load_sampler(cfg: LoadConfig, sample: SampleConfig | None = None) -> tuple[S
              for name, place in places.items()}
     return Sampler(autoencoder, model, encoder, device, turn), about
 
-def _refuse_large(cfg: LoadConfig, path: Path, autoencoder, text: TextEncoderConfig, sample: SampleConfig | None, device: torch.device, dtype: torch.dtype) -> None:
+def _refuse_large(cfg: LoadConfig, path: Path, autoencoder, text: TextEncoderConfig, sample: SampleConfig | Mapping[str, Any] | None, device: torch.device, dtype: torch.dtype) -> None:
     model, shapes = _model_header(path)
     room, weights = device_bytes(device, cfg.limit_gb), sum(math.prod(s) for s in shapes.values()) * dtype.itemsize + (words := _text_bytes(text))
     if model is None or cfg.limit_gb is None and weights < 0.05 * room: return
     if autoencoder.latent_channels != model.latent_channels: return          # does not belong together, as will be said
-    sample = sample or usual(autoencoder, model)
+    if not isinstance(sample, SampleConfig): sample = changed(usual(autoencoder, model), autoencoder, autoencoder.spatial_compression * model.patch_size, **(sample or {}))
     tiled = replace(sample, tiling=RELEASE)
     need = lambda how, int8: need_of(model, shapes, autoencoder, words, text.token_length, how, dtype=dtype, int8=int8)
     plain, eight, thrifty = need(sample, cfg.weights == "int8"), need(tiled, True), need(replace(tiled, passes="single"), cfg.weights == "int8")
@@ -190,6 +190,15 @@ def usual(autoencoder, model: MMDiTConfig) -> SampleConfig:
     causal, multiple = autoencoder.causal, autoencoder.spatial_compression * model.patch_size
     return SampleConfig(129 if causal else 128, *clip_size("256px" if causal else "768px", "16:9", multiple), 50, tiling=Tiling(256, None) if causal else RELEASE)
 
+def changed(cfg: SampleConfig, autoencoder, multiple: int, resolution: str | None = None, aspect_ratio: str | None = None, **changes: Any) -> SampleConfig:
+    "The clip with other settings, size by name included. Raises UserError for settings that nobody knows, and for a length that the autoencoder does not make."
+    if resolution or aspect_ratio: changes["height"], changes["width"] = clip_size(resolution or f"{round(math.sqrt(cfg.height * cfg.width) / 64) * 64}px", aspect_ratio or "16:9", multiple)
+    known = [f.name for f in fields(SampleConfig)]
+    if unknown := changes.keys() - set(known): raise UserError(f"unknown settings {', '.join(sorted(unknown))}; known are {', '.join(known)}, resolution, aspect_ratio")
+    cfg = replace(cfg, **changes)
+    check_frames(cfg.num_frames, autoencoder.causal, autoencoder.temporal_compression)
+    return cfg
+
 # %% ../../nbs/inference/06_pipelines.ipynb #5d90ae33
 class Pipeline:
     "Any condition kind, from words, pictures and films. kinds: those that this class makes, None for all."
@@ -201,10 +210,10 @@ class Pipeline:
         self.usual = usual(sampler.autoencoder, sampler.model.cfg)
 
     @classmethod
-    def from_pretrained(cls, path_or_repo: str | Path | None = None, *, high_compression: bool = False, sample: SampleConfig | None = None, say: Callable[[str], None] = lambda line: None, **load: Any):
+    def from_pretrained(cls, path_or_repo: str | Path | None = None, *, high_compression: bool = False, sample: SampleConfig | Mapping[str, Any] | None = None, say: Callable[[str], None] = lambda line: None, **load: Any):
         """A pipeline with its weights: of a folder or hub repository (see `find_parts`), of parts named one by one (`LoadConfig`), or, without arguments, the pocket's.
 
-        sample: the clip that memory is reckoned for. load: fields of `LoadConfig`: autoencoder, mmdit, text_encoders, device, offload, weights, limit_gb.
+        sample: the clip that memory is reckoned for, or its changes to the usual one. load: fields of `LoadConfig`: autoencoder, mmdit, text_encoders, device, offload, weights, limit_gb.
         """
         if path_or_repo is not None:
             parts = find_parts(path_or_repo, high_compression)
@@ -213,16 +222,7 @@ class Pipeline:
 
     def config(self, resolution: str | None = None, aspect_ratio: str | None = None, **changes: Any) -> SampleConfig:
         "The usual clip of these models with changes: a size by resolution and aspect ratio, and any field of `SampleConfig`. Raises UserError for a length or size that they do not make."
-        if resolution or aspect_ratio:
-            area = f"{round(math.sqrt(self.usual.height * self.usual.width))}px" if not self.about_release else "256px"
-            changes["height"], changes["width"] = clip_size(resolution or area, aspect_ratio or "16:9", self.sampler.multiple)
-        if unknown := changes.keys() - {f.name for f in fields(SampleConfig)}: raise UserError(f"unknown settings {', '.join(sorted(unknown))}; known are {', '.join(f.name for f in fields(SampleConfig))}, resolution, aspect_ratio")
-        cfg = replace(self.usual, **changes)
-        check_frames(cfg.num_frames, self.sampler.autoencoder.causal, self.sampler.autoencoder.temporal_compression)
-        return cfg
-
-    @property
-    def about_release(self) -> bool: return self.usual.height > 64 or self.usual.width > 64
+        return changed(self.usual, self.sampler.autoencoder, self.sampler.multiple, resolution, aspect_ratio, **changes)
 
 # %% ../../nbs/inference/06_pipelines.ipynb #1a75b8cd
 def asked_text(prompt: str, score: float | str | None, refine: bool, assistant: Assistant | None, has_image: bool) -> tuple[str, float | None]:
