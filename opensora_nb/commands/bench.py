@@ -17,20 +17,20 @@ from ..cluster.files import UserError, whole
 @dataclass(frozen=True)
 class Config:
     "Measure this machine and print the figures."
-    suite: tyro.conf.Positional[Literal["curation", "loader", "ae", "mmdit", "train"]]   # what to measure
+    suite: tyro.conf.Positional[Literal["curation", "loader", "ae", "mmdit", "train", "generate"]]   # what to measure
     out: Path | None = None                # file (.json) for all figures; without it they are only printed
     quick: bool = False                    # seconds instead of minutes: shows that everything runs, its figures mean little
-    workers: int | None = None             # processes (curation, loader) or threads (ae, mmdit, train); without it as many as this machine has cores
+    workers: int | None = None             # processes (curation, loader) or threads (ae, mmdit, train, generate); without it as many as this machine has cores
     repetitions: int = 3                   # of what is timed; the median counts
     film_minutes: float = 120              # curation: length of the long film in the memory test
-    device: Literal["auto", "cpu", "cuda"] = "auto"   # mmdit, train: what to measure; auto is all that this machine has
+    device: Literal["auto", "cpu", "cuda"] = "auto"   # mmdit, train, generate: what to measure; auto is all that this machine has
     tokens: tuple[int, ...] = ()           # mmdit: of the clips on a GPU, only those with so many video tokens; none means all of the report's tables
 
 def run(cfg: Config) -> int:
     "Measures, prints the tables and writes the JSON; 0, or 1 where numbers differ that should be equal."
     if cfg.repetitions < 1 or cfg.film_minutes <= 0 or (cfg.workers is not None and cfg.workers < 1): raise UserError("repetitions, film-minutes and workers must be positive")
     if cfg.out and cfg.out.is_dir(): raise UserError(f"{cfg.out} is a folder: name a file for the figures")
-    measure, report = {"curation": _curation, "loader": _loader, "ae": _ae, "mmdit": _mmdit, "train": _train}[cfg.suite](cfg)
+    measure, report = {"curation": _curation, "loader": _loader, "ae": _ae, "mmdit": _mmdit, "train": _train, "generate": _generate}[cfg.suite](cfg)
     result = measure(shlex.join(["osnb", *sys.argv[1:]]), lambda line: print(line, file=sys.stderr, flush=True))
     print(report(result))
     if cfg.out:
@@ -73,3 +73,10 @@ def _train(cfg: Config):
     if cfg.device == "cuda" and not torch.cuda.is_available(): raise UserError("there is no CUDA device here: leave out --device cuda, or run this on a machine with a GPU")
     suite = TrainBench(device=cfg.device, threads=cfg.workers or _cores(), repetitions=cfg.repetitions)
     return (lambda command, say: bench_train(quick(suite) if cfg.quick else suite, command, say)), report
+
+def _generate(cfg: Config):
+    from opensora_nb.inference.bench import GenerateBench, bench_generate, quick, report
+    import torch
+    if cfg.device == "cuda" and not torch.cuda.is_available(): raise UserError("there is no CUDA device here: leave out --device cuda, or run this on a machine with a GPU")
+    suite = GenerateBench(device=cfg.device, threads=cfg.workers or _cores(), repetitions=cfg.repetitions)
+    return (lambda command, say: bench_generate(quick(suite) if cfg.quick else suite, command, say)), report
