@@ -50,6 +50,7 @@ def test_the_quick_suite_runs_from_the_command_line_and_all_scores_are_equal(tmp
     assert all(row["equal"] for row in result["equality"])
     if HAVE_FFMPEG: assert {row["score"] for row in result["equality"]} >= {"scene score", "motion", "borders", "blur"}
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_what_is_missing_becomes_a_row_that_says_so(tmp_path):
     code = "import sys; sys.modules['scenedetect'] = sys.modules['ray'] = None; from opensora_nb.commands.cli import main; sys.exit(main(sys.argv[1:]))"

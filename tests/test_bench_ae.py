@@ -83,6 +83,7 @@ def test_a_compiler_that_fails_is_a_line(monkeypatch):
     monkeypatch.setattr(VideoDCAE, "encode", broken)
     assert bench_compiled(Case("tiny", TINY, (1, 4, 16, 16)), 1, say=lambda line: None)["missing"] == "torch.compile failed here: no C++ compiler"
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_the_quick_suite_runs_from_the_command_line_and_all_numbers_are_equal(tmp_path):
     r = subprocess.run([sys.executable, "-m", "opensora_nb.commands.cli", "bench", "ae", "--quick", "--workers", "1", "--out", tmp_path / "new" / "figures.json"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
