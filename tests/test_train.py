@@ -132,6 +132,8 @@ def test_the_command_takes_buckets_and_shards(folder, tmp_path):
     code, out, err = shell(OSNB, "train", "pocket", "--data", folder / "table.csv", "--buckets", folder / "buckets.json", "--cache", tmp_path / "shards", "--steps", 2, "--out", tmp_path, "--init", "shipped", "--workers", 1)
     assert code == 0, err[-2000:]
     assert len(CachedClips(tmp_path / "shards")) == 13 and read_log(tmp_path / "pocket")["step"] == [1, 2]
+    from opensora_nb.training.follow import contact_sheet, sample_files
+    assert [step for step, _ in sample_files(tmp_path / "pocket")] == [step for step, _ in sample_files(tmp_path / "pocket", ".gif")] == [2] and contact_sheet(tmp_path / "pocket").width == 964
 
 def test_a_loss_that_is_not_finite_names_the_clips_and_the_last_good_checkpoint(live, tmp_path, monkeypatch):
     before, calls = LiveClips.batch, []
