@@ -132,7 +132,7 @@ REFUSED = [
     ("generate --prompt x --autoencoder {given}/nothing --mmdit {given}/mmdit", "no .safetensors file in folder"), ("generate --prompt x --autoencoder {given}/ae --mmdit {given}/cut", "cannot read the weights"),
     ("generate --prompt x --autoencoder {given}/ae --mmdit {given}/odd-config", "does not describe this transformer"),
     ("generate --prompt x --autoencoder {given}/text.safetensors --mmdit {given}/mmdit", "cannot read the weights"), ("generate --prompt x --autoencoder {given}/ae --mmdit {given}/text.png", "must be a .safetensors file"),
-    ("generate --prompt x --autoencoder {given}/mmdit --mmdit {given}/mmdit", "does not fit this autoencoder"), ("generate --prompt x --autoencoder {given}/ae --mmdit {given}/ae", "transformer"),
+    ("generate --prompt x --autoencoder {given}/mmdit --mmdit {given}/mmdit", "neither of the two autoencoders"), ("generate --prompt x --autoencoder {given}/ae --mmdit {given}/ae", "transformer"),
     ("generate --prompt x --autoencoder {given}/ae8 --mmdit {given}/mmdit", "do not belong together"), ("generate --prompt x --autoencoder {given}/ae --mmdit {given}/wide", "do not belong together"),
     (GENERATE + " --image {given}/nowhere.png", "no such image"), (GENERATE + " --image {given}/text.png", "is not a picture"), (GENERATE + " --image {given}/empty.png", "is not a picture"),
     (GENERATE + " --image {given}/half.png", "is not a picture"), (GENERATE + " --image {given}/nothing", "is not a picture"), (GENERATE + " --image {given}/first.png --mmdit {given}/t2v", "takes no image"),

@@ -133,7 +133,7 @@ def _words(cfg: Config, job: Job, before: dict | None, assistant: Assistant | No
     asked, score = job.asked.text, job.asked.motion_score if job.asked.motion_score is not None else cfg.motion_score
     known = before is not None and before.get("asked", before.get("prompt")) == asked
     text = (before["prompt"] if known and cfg.refine_prompt and "asked" in before else refine_prompt(asked, assistant, bool(job.asked.refs))) if cfg.refine_prompt else asked
-    if score == "auto": score = before["motion_score"] if known and before.get("motion_score") is not None else motion_score(text, assistant)
+    if score == "auto": score = before["motion_score"] if known and before.get("motion_score") is not None else motion_score(asked, assistant)
     return text, float(score)
 
 def _before(path: Path) -> dict | None:

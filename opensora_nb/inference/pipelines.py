@@ -227,10 +227,8 @@ class Pipeline:
 # %% ../../nbs/inference/06_pipelines.ipynb #1a75b8cd
 def asked_text(prompt: str, score: float | str | None, refine: bool, assistant: Assistant | None, has_image: bool) -> tuple[str, float | None]:
     'Prompt and motion score as they go to the model: refined if asked, the score of "auto" read from the prompt. Raises UserError for an empty prompt.'
-    prompt = check_prompt(prompt)
-    if refine: prompt = refine_prompt(prompt, assistant, has_image)
-    if score is not None: score = motion_of(score)
-    return prompt, motion_score(prompt, assistant) if score == "auto" else score
+    prompt, score = check_prompt(prompt), None if score is None else motion_of(score)
+    return refine_prompt(prompt, assistant, has_image) if refine else prompt, motion_score(prompt, assistant) if score == "auto" else score
 
 def settings_for(self: Pipeline, prompt: str, kind: str, cfg: SampleConfig, seed: int, refs: Sequence[Any] = (), asked: str | None = None) -> dict:
     "What makes a clip, as it is written into its file. refs: what is given; of files name and fingerprint. asked: the prompt before it was refined."
