@@ -47,7 +47,7 @@ def step_parts(log: dict[str, list], skip: int = 2, save_every: int = 100) -> di
 
 # %% ../../nbs/training/09_bench.ipynb #80b7fb82
 def _clips_on_disk(home: Path, count: int, frames: int = 40, side: int = 72) -> None:
-    "Films of moving noise with a training table, and a bucket table for them."
+    "Films of moving noise with a training table."
     import numpy as np
     from opensora_nb.data.video import write_video
     rng, rows = np.random.default_rng(0), []
@@ -56,7 +56,6 @@ def _clips_on_disk(home: Path, count: int, frames: int = 40, side: int = 72) -> 
         write_video(home / f"{k}.mp4", np.stack([ground[:, t : t + side] for t in range(frames)]), 24)
         rows.append(f"{k}.mp4,a pattern that moves,{frames},{side},{side},24")
     (home / "table.csv").write_text("\n".join(["path,text,num_frames,height,width,fps", *rows]) + "\n")
-    BucketTable({"64px": {32: (1.0, 8)}}, multiple=8).save(home / "buckets.json")
 
 def bench_steps(steps: int = 8, batch: int = 4, threads: int = 1, say: Callable[[str], None] = print) -> list[dict]:
     "A row for training on cached latents, and one for training on video files."
@@ -93,7 +92,7 @@ def parts_figure(rows: list[dict], ax=None):
 # %% ../../nbs/training/09_bench.ipynb #0fda2f51
 GIVEN = {1: (1.0, 45), 8: (1.0, 12), 32: (1.0, 3)}                  # frames of the pocket clips: the batch sizes of table 4 for images, 33 and 129 frames
 
-def bench_batches(lengths: dict[int, tuple[float, int]] = GIVEN, memory_mb: float = 400, size: int = 64, threads: int = 1, changes: dict | None = None, say: Callable[[str], None] = print) -> dict:
+def bench_batches(lengths: dict[int, tuple[float, int]] = GIVEN, memory_mb: float = 550, size: int = 64, threads: int = 1, changes: dict | None = None, say: Callable[[str], None] = print) -> dict:
     "A row for each length: samples a second with the given batch size, and with the searched one."
     table = BucketTable({f"{size}px": dict(lengths)}, multiple=8)
     watched = Watched("pocket", changes, memory_mb, "cpu", True, threads, say)
@@ -135,13 +134,13 @@ def slim() -> MMDiTConfig:
     return replace(pocket(), hidden_size=96, num_heads=3, depth=19, depth_single_blocks=38)
 
 def keeping_run(how: dict, model: dict, video: list[int], batch: int, steps: int, device: str = "cpu", threads: int = 1) -> dict:
-    "Memory that a process grows by while it trains, in MB, and seconds of a step; call it in a fresh process."
+    "Memory that a process grows by while it trains, in MB, and seconds of a step: on the clock, and of processors; call it in a fresh process."
     torch.set_num_threads(threads)
     cfg, cuda = MMDiTConfig(**model), device.startswith("cuda")
     net = build(cfg, device=device).train()
     given = inputs(Case("", cfg, tuple(video), batch, 64), device)
     small = inputs(Case("", cfg, (1, 4, 4), 1, 8), device)
-    seconds, wait = [], torch.cuda.synchronize if cuda else (lambda: None)
+    seconds, worked, wait = [], [], torch.cuda.synchronize if cuda else (lambda: None)
     def step(what):
         loss = net(**what).float().square().mean()
         loss.backward(); net.zero_grad(set_to_none=True)
@@ -151,11 +150,11 @@ def keeping_run(how: dict, model: dict, video: list[int], batch: int, steps: int
     before = torch.cuda.memory_allocated() / 2**20 if cuda else memory_mb()[0]
     with kept(net, Keeping(**how)) as aside:
         for _ in range(steps + 1):
-            wait(); began = time.perf_counter()
+            wait(); began, busy = time.perf_counter(), time.process_time()
             loss = float(step(given))
-            wait(); seconds.append(time.perf_counter() - began)
+            wait(); seconds.append(time.perf_counter() - began); worked.append(time.process_time() - busy)
     peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else memory_mb()[1]
-    return dict(memory_mb=peak - before, seconds=median(seconds[1:]), loss=loss, moved_mb=aside.moved_mb / (steps + 1) if aside else 0.0)
+    return dict(memory_mb=peak - before, seconds=median(seconds[1:]), cpu_seconds=median(worked[1:]), loss=loss, moved_mb=aside.moved_mb / (steps + 1) if aside else 0.0)
 
 def _fresh(function: str, **task) -> dict:
     "What a function of this module gives in a process of its own. Large tensors get mappings of their own there, so that what is freed is given back."
@@ -163,6 +162,10 @@ def _fresh(function: str, **task) -> dict:
     child = subprocess.run([sys.executable, "-c", code], input=json.dumps(task), capture_output=True, text=True, env=os.environ | dict(MALLOC_MMAP_THRESHOLD_="65536"))
     if child.returncode: return dict(missing=f"the process ended with {child.returncode}: {(child.stderr.strip().splitlines() or ['killed'])[-1]}")
     return json.loads(child.stdout.splitlines()[-1])
+
+def _time(r: dict) -> float:
+    "Of processors, where they do the work: what else the machine does is not in it."
+    return r["seconds"] if r["device"].startswith("cuda") else r["cpu_seconds"]
 
 def bench_keeping(model: MMDiTConfig, video: tuple[int, int, int] = (8, 8, 8), batch: int = 2, steps: int = 2, device: str = "cpu", threads: int = 1, keepings: tuple[Keeping, ...] = KEEPINGS, say: Callable[[str], None] = print) -> list[dict]:
     "A row for each way of keeping: memory, seconds, and both beside those of the first."
@@ -172,7 +175,7 @@ def bench_keeping(model: MMDiTConfig, video: tuple[int, int, int] = (8, 8, 8), b
         rows.append(dict(keeping=how.name, device=device) | _fresh("keeping_run", how=asdict(how), model=asdict(model), video=list(video), batch=batch, steps=steps, device=device, threads=threads))
     first = next((r for r in rows if "missing" not in r), None)
     for r in rows:
-        if "missing" not in r: r |= dict(memory_share=r["memory_mb"] / first["memory_mb"], time_share=r["seconds"] / first["seconds"])
+        if "missing" not in r: r |= dict(memory_share=r["memory_mb"] / first["memory_mb"], time_share=_time(r) / _time(first))
     return rows
 
 # %% ../../nbs/training/09_bench.ipynb #178ffa02
@@ -182,8 +185,8 @@ def keeping_figure(rows: list[dict], ax=None):
     ax = ax or plt.subplots(figsize=(6, 3), dpi=90)[1]
     found = [r for r in rows if "missing" not in r]
     for i, r in enumerate(found):
-        ax.plot(r["memory_mb"], r["seconds"], "o", color=f"C{i}", label=f"{r['keeping']}: {r['memory_share']:.0%} of the memory, {r['time_share']:.0%} of the time")
-    ax.set(xlabel="MB beyond the weights", ylabel="seconds of a step", xlim=(0, None), ylim=(0, 1.25 * max(r["seconds"] for r in found))); ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        ax.plot(r["memory_mb"], _time(r), "o", color=f"C{i}", label=f"{r['keeping']}: {r['memory_share']:.0%} of the memory, {r['time_share']:.0%} of the time")
+    ax.set(xlabel="MB beyond the weights", ylabel="seconds of a step, of a processor" if found[0]["device"] == "cpu" else "seconds of a step", xlim=(0, None), ylim=(0, 1.25 * max(map(_time, found)))); ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     ax.spines[["top", "right"]].set_visible(False); ax.grid(alpha=0.2)
     return ax
 
@@ -354,7 +357,7 @@ class TrainBench:
     steps: int = 8                            # of the two trainings
     batch: int = 4                            # their clips a step
     lengths: tuple[int, ...] = tuple(GIVEN)   # frames, of the batch sizes that are searched
-    memory_mb: float = 400                    # that a step may take in that search
+    memory_mb: float = 550                    # that a step may take in that search
     slim: MMDiTConfig = slim()                # whose blocks are recomputed
     video: tuple[int, int, int] = (8, 8, 8)   # its patches
     cards: tuple[TrainCase, ...] = field(default_factory=train_cases)
@@ -396,7 +399,7 @@ def report(result: dict) -> str:
         lines.append(f"a step on {r['source']}, {r['batch']} clips: {r['seconds']:.2f} s, {r['samples_per_s']:.2f} samples/s; outside forward, backward and optimizer {r['outside']:.1%}" + (f"; a checkpoint {r['saving']:.2f} s, {r['saving_share']:.2%} of a hundred steps" if r["saving"] else ""))
         lines.append("  " + ", ".join(f"{name} {share:.2%}" for name, share in r["share"].items()))
     for r in result["keeping"] + g.get("keeping", []):
-        lines.append(f"  {r['device']}, {r['keeping']:36}" + (r["missing"] if "missing" in r else f"{r['memory_mb']:8.0f} MB ({r['memory_share']:4.0%})   {r['seconds']:7.2f} s a step ({r['time_share']:4.0%})" + (f"   {r['moved_mb']:.0f} MB put aside a step" if r["moved_mb"] else "")))
+        lines.append(f"  {r['device']}, {r['keeping']:36}" + (r["missing"] if "missing" in r else f"{r['memory_mb']:8.0f} MB ({r['memory_share']:4.0%})   {_time(r):7.2f} s {'of a processor ' if r['device'] == 'cpu' else ''}a step ({r['time_share']:4.0%})" + (f"   {r['moved_mb']:.0f} MB put aside a step" if r["moved_mb"] else "")))
     if b := result["batches"]:
         lines.append(f"batch sizes within {b['memory_mb']:.0f} MB, {b['trials']} trials; samples a second")
         show = lambda t: f"{t['batch']:3} a batch " + (f"{t['samples_per_s']:7.2f}, {t['memory_mb']:5.0f} MB" if t["samples_per_s"] else f"does not fit ({t['problem']})")
