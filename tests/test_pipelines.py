@@ -22,7 +22,7 @@ from opensora_nb.flow.guidance import Guidance
 from opensora_nb.inference.given import given_pixels, picture_tensor, read_picture, read_stretch
 from opensora_nb.inference.image_to_video import ImageToVideo as Sampler, SampleConfig
 from opensora_nb.inference.memory import Need, Turns, block_bytes, check_fits, decode_bytes, sampling_bytes
-from opensora_nb.inference.pipelines import AnyToVideo, ExtendVideo, ImageToVideo, LoopVideo, Pipeline, TextToImageToVideo, TextToVideo, find_parts, settings_of, write_clip
+from opensora_nb.inference.pipelines import AnyToVideo, ExtendVideo, FluxPainter, ImageToVideo, LoopVideo, Pipeline, TextToImageToVideo, TextToVideo, find_parts, settings_of, write_clip
 from opensora_nb.inference.prompts import Assistant, motion_by_rule, motion_score, read_prompts, refine_prompt
 from opensora_nb.inference.sizes import ASPECT_RATIOS, admitted, check_frames, clip_size, nearest_ratio
 from opensora_nb.mmdit import model as mmdit
@@ -156,6 +156,25 @@ def test_what_does_not_fit_is_refused_with_what_is_missing_and_what_helps(weight
     error(lambda: Pipeline.from_pretrained(weights, limit_gb=0.095), "--limit-gb 0.095 on cpu has 0.10 GB", "it fits with --offload models")
     assert Pipeline.from_pretrained(weights, limit_gb=1.0).sampler and Pipeline.from_pretrained(weights, limit_gb=0.095, offload="models").sampler
 
+@pytest.mark.soak
+def test_a_picture_by_flux_is_the_first_frame(pipe, tmp_path):
+    pytest.importorskip("diffusers")
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+    torch.manual_seed(0)
+    words = Tokenizer(models.WordLevel({w: k for k, w in enumerate(["[PAD]", "[UNK]", "[EOS]", "a", "dog"])}, unk_token="[UNK]")); words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = lambda: PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]", model_max_length=16)
+    FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), vae=AutoencoderKL(3, 3, ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2, (8, 8), latent_channels=4, norm_num_groups=4, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1),
+                 text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16, projection_dim=16, eos_token_id=2)), tokenizer=tokenizer(),
+                 text_encoder_2=T5EncoderModel(T5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)), tokenizer_2=tokenizer(),
+                 transformer=FluxTransformer2DModel(patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16, pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(4, 4, 8))).save_pretrained(tmp_path)
+    painter = FluxPainter(tmp_path, steps=2, area="64px")
+    painted = painter("a dog", (32, 32), 3)
+    assert painted.shape == (3, 32, 32) and torch.equal(painter("a dog", (32, 32), 3), painted) and not torch.equal(painter("a dog", (32, 32), 4), painted)
+    clip = TextToImageToVideo(pipe.sampler, painter=painter)("a dog", seed=3, return_latents=True, **QUICK)
+    assert torch.equal(clip.latents[0][:, :1], pipe.sampler.encode(painted[None, :, None])[0]) and clip.settings[0]["refs"] == [dict(name="FLUX")]
+
 def test_needs_add_up_by_mode():
     need = Need(text=10, model=24, autoencoder=1, block=3, step=2, decode=5)
     assert [need.on_device(m) for m in ("no", "models", "blocks")] == [40, 26, 10]
@@ -246,18 +265,18 @@ def test_conditions_longer_films_and_drawn_pictures_as_typed(weights, tmp_path, 
     write_video("film.mp4", film(36)); Image.fromarray(picture()).save("a.png")
     base = ["generate", "--models", str(weights), *OPTIONS, "--no-progress", "--prompt", "x"]
     for out, more in (("tail", "--ref a.png --cond-type i2v_tail"), ("loop", "--ref a.png a.png"), ("stretch", "--ref film.mp4 --cond-type v2v_head --num-frames 36"), ("longer", "--ref film.mp4 --extend after"), ("drawn", "--t2i2v --offload models --device cpu"),
-                      ("wide", "--image a.png --aspect-ratio 4:3 --resolution 32px --passes single --solver heun --tiling")):
+                      ("wide", "--image a.png --aspect-ratio 16:9 --resolution 32px --passes single --solver heun --tiling")):
         command = [*base, *more.split(), "--out", out]
         if out == "wide": command = [c for c in command if c not in ("--size", "32")]
         assert main(command) == 0, capsys.readouterr().err
         capsys.readouterr(); assert main(command) == 0 and lines(capsys) == ["there already)"], out
     kinds = {p.parent.name: settings_of(p)["cond_type"] for p in tmp_path.glob("*/00042.mp4")}
     assert kinds == dict(tail="i2v_tail", loop="i2v_loop", stretch="v2v_head", longer="i2v_head", drawn="i2v_head", wide="i2v_head")
-    assert len(decode("longer/00042.mp4")) == 36 + 11 and settings_of("wide/00042.mp4")["size"] == [24, 32]
+    assert len(decode("longer/00042.mp4")) == 36 + 11 and settings_of("wide/00042.mp4")["size"] == [24, 40]
 
 @pytest.mark.parametrize("more, said", [("", "name prompts"), ("--prompt x --prompts t.csv", "one of the two"), ("--prompt x --image a.png --ref a.png", "leave one of the two out"), ("--prompt x --size 32 32 --aspect-ratio 1:1", "both name a size"), ("--prompt x --t2i2v --image a.png", "draws its own"),
                                         ("--prompt x --extend after", "name it with --ref"), ("--prompt x --cond-type i2v_tail", "needs what it is given"), ("--prompt x --num-frames 10", "ask for 8 or 12"), ("--prompts t.csv", "no such table of prompts"), ("--prompt x --models nowhere", "no folder nowhere"),
-                                        ("--prompt x --motion-score auto --http.base-url ftp://x --http.model y", "no address"), ("--prompt x --t2i2v --image-model nowhere", "FLUX"), ("--prompt x --ref a.png a.png a.png --cond-type i2v_loop", "2 references")])
+                                        ("--prompt x --motion-score auto --http.base-url ftp://x --http.model y", "no address"), ("--prompt x --t2i2v --image-model nowhere", "no FLUX pipeline at nowhere"), ("--prompt x --ref a.png a.png a.png --cond-type i2v_loop", "2 references"), ("--prompt x --ref a.png --cond-type t2v", "0 references")])
 def test_requests_that_cannot_be_are_one_line_and_leave_nothing(weights, tmp_path, monkeypatch, capsys, more, said):
     monkeypatch.chdir(tmp_path); monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     Image.fromarray(picture()).save("a.png")
@@ -318,7 +337,7 @@ def test_empty_prompts_are_refused_and_endless_ones_read_as_far_as_they_go(pipe)
     talking = AnyToVideo(pipe.sampler, say=said.append)
     for empty in ("", " \n\t"): error(lambda: talking(empty, **QUICK), "prompt is empty")
     clip = talking("word " * 10_000, **QUICK)
-    assert len(said) == 1 and "10000 words" in said[0] and np.isfinite(clip.video).all()
+    assert len(said) == 1 and "10000 words" in said[0] and torch.isfinite(clip.video).all()
 
 def test_numbers_that_are_none_are_said_and_not_written(weights):
     broken = AnyToVideo.from_pretrained(weights)

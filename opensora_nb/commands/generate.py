@@ -14,7 +14,7 @@ from ..autoencoder.tiling import RELEASE
 from ..cluster.files import UserError, existing
 from ..data.captions import HttpConfig
 from ..flow.guidance import Guidance
-from ..inference.given import VIDEO_SUFFIXES, picture_tensor, read_picture
+from ..inference.given import VIDEO_SUFFIXES, needed, picture_tensor, read_picture
 from ..inference.image_to_video import ImageToVideo, SampleConfig
 from ..inference.memory import Offload
 from ..inference.pipelines import AnyToVideo, Clips, ExtendVideo, FluxPainter, LoadConfig, Pipeline, TextToImageToVideo, find_parts, load_sampler, settings_for, settings_of
@@ -102,6 +102,7 @@ def _kind(cfg: Config, row: Prompt) -> str:
         return "extend"
     kind = row.cond_type or cfg.cond_type or ("t2v", "i2v_head", "i2v_loop")[min(len(row.refs), 2)]
     if kind not in Kind.__args__: raise UserError(f"unknown condition kind {kind!r}; known are {', '.join(Kind.__args__)}")
+    if len(row.refs) > (n := len(needed(kind))): raise UserError(f"{kind} is given {n} reference{'s' * (n != 1)}, and there are {len(row.refs)}: name fewer, or another --cond-type")
     if kind != "t2v" and not row.refs: raise UserError(f"{kind} needs what it is given: name it with --ref, or in the table's column ref")
     return kind
 

@@ -98,7 +98,7 @@ def given_pixels(kind: str, refs: Sequence[Any], size: tuple[int, int], causal: 
     if (refs or ends) and not 1 <= len(refs) <= len(ends): raise UserError(f"{kind} is given {len(ends)} reference{'s' * (len(ends) != 1)}, and there {'is' if len(refs) == 1 else 'are'} {len(refs)}")
     found = {}
     for end, ref in zip(ends, list(refs) * (2 if len(refs) < len(ends) else 1)):
-        film = n > 1 or isinstance(ref, (str, Path)) and Path(ref).suffix.lower() in VIDEO_SUFFIXES
+        film = n > 1 or getattr(ref, "ndim", 0) == 4 or isinstance(ref, (str, Path)) and Path(ref).suffix.lower() in VIDEO_SUFFIXES
         own = 0 if kind.endswith(("head", "head_easy")) or end == 0 else -1
         found[end] = read_stretch(ref, n, own, size, fps if n > 1 else None) if film else picture_tensor(ref, size).unsqueeze(1)
     return found

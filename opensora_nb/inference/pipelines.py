@@ -9,7 +9,7 @@ __all__ = ['LAYOUT', 'HIGH_COMPRESSION', 'find_parts', 'fingerprint', 'write_cli
            'TextToImageToVideo']
 
 # %% ../../nbs/inference/06_pipelines.ipynb #4075165e
-import hashlib, json, math, os
+import hashlib, json, math, os, re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Callable, Literal, Mapping, Sequence
@@ -22,7 +22,7 @@ from ..cluster.files import UserError, existing, whole
 from ..cluster.weights import find_weights, read_config, read_shapes, shipped
 from .given import given_pixels, needed, picture_tensor, read_stretch, stretch_frames
 from .image_to_video import ImageToVideo as Sampler, SampleConfig, kind_of
-from .memory import Offload, Turns, check_fits, device_bytes, need_of, to_int8
+from .memory import Offload, Turns, check_fits, decode_bytes, device_bytes, need_of, to_int8
 from .prompts import Assistant, check_prompt, motion_of, motion_score, refine_prompt
 from .sizes import check_frames, clip_size
 from ..mmdit.model import MMDiT, MMDiTConfig, published_config
@@ -176,12 +176,14 @@ def _refuse_large(cfg: LoadConfig, path: Path, autoencoder, text: TextEncoderCon
     if model is None or cfg.limit_gb is None and weights < 0.05 * room: return
     if autoencoder.latent_channels != model.latent_channels: return          # does not belong together, as will be said
     if not isinstance(sample, SampleConfig): sample = changed(usual(autoencoder, model), autoencoder, autoencoder.spatial_compression * model.patch_size, **(sample or {}))
-    tiled = replace(sample, tiling=RELEASE)
     need = lambda how, int8: need_of(model, shapes, autoencoder, words, text.token_length, how, dtype=dtype, int8=int8)
-    plain, eight, thrifty = need(sample, cfg.weights == "int8"), need(tiled, True), need(replace(tiled, passes="single"), cfg.weights == "int8")
-    ways = {"as asked": (plain, cfg.offload), "--offload models": (plain, "models"), "--offload models --tiling": (need(tiled, cfg.weights == "int8"), "models"), "--offload models --weights int8": (eight, "models"),
-            "--offload blocks --tiling --passes single": (thrifty, "blocks")}
-    if device.type != "cuda": del ways["--offload models --weights int8"]
+    plain = need(sample, cfg.weights == "int8")
+    if plain.on_device(cfg.offload) <= room: return
+    tiles = replace(plain, decode=decode_bytes(autoencoder, sample.num_frames, sample.height, sample.width, RELEASE))
+    ways = {"as asked": (plain, cfg.offload), "--offload models": (plain, "models"), "--offload models --tiling": (tiles, "models"), "--offload models --tiling --weights int8": (replace(tiles, model=plain.model // 2, block=plain.block // 2), "models"),
+            "--offload blocks --tiling --passes single": (replace(tiles, step=plain.step // 3 if sample.passes != "single" else plain.step), "blocks")}
+    if cfg.weights == "int8": del ways["--offload models --tiling --weights int8"]
+    if device.type != "cuda": ways.pop("--offload models --tiling --weights int8", None)
     check_fits({name: dict(need=n, offload=mode) for name, (n, mode) in ways.items()}, cfg.offload, room, str(device) if cfg.limit_gb is None else f"--limit-gb {cfg.limit_gb:g} on {device}")
 
 def usual(autoencoder, model: MMDiTConfig) -> SampleConfig:
@@ -333,9 +335,10 @@ class FluxPainter:
     "Pictures by FLUX through the diffusers library: drawn with the area of 768 px, as the release does. folder: in diffusers' layout, or a repository of the hub. Raises UserError where library or weights are missing."
     name = "FLUX"
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu", offload: bool = False, steps: int = 50, guidance: float = 4.0, area: str = "768px"):
+        if not Path(folder).expanduser().is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(folder)): raise UserError(f"no FLUX pipeline at {folder}: name a folder in the layout of diffusers, or owner/name of a hub repository")
         try: from diffusers import FluxPipeline
         except ImportError as e: raise UserError(f"a picture by FLUX needs the diffusers package: pip install diffusers ({' '.join(str(e).split())[:120]})") from None
-        try: self.pipe = FluxPipeline.from_pretrained(str(folder), torch_dtype=torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+        try: self.pipe = FluxPipeline.from_pretrained(str(folder), dtype=torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
         except Exception as e: raise UserError(f"{folder} holds no FLUX pipeline: {' '.join(str(e).split())[:160]}") from None
         self.pipe.set_progress_bar_config(disable=True)
         if offload and torch.device(device).type == "cuda": self.pipe.enable_model_cpu_offload(device=device)

@@ -81,7 +81,7 @@ class Assistant:
 def motion_score(prompt: str, assistant: Assistant | None = None) -> float:
     "What `--motion-score auto` means: the assistant's number, or the rule's where there is no assistant or no number."
     if assistant and (answer := assistant.ask(MOTION_TASK.format(prompt=prompt))):
-        numbers = re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.]*\d)", answer)
+        numbers = re.findall(r"-?\d+(?:\.\d+)?", answer)
         if len(numbers) == 1 and LOWEST <= float(numbers[0]) <= HIGHEST: return float(numbers[0])
         assistant.say(f"the answer {answer[:60]!r} is no motion score, going by rule")
     return motion_by_rule(prompt)
