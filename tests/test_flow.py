@@ -179,6 +179,6 @@ def test_state_keeps_its_dtype_and_noise_is_not_written_to():
 
 # ---- imports ----
 def test_flow_and_conditioning_need_neither_decoders_nor_transformers():
-    modules = "flow.matching flow.schedule flow.guidance flow.solver mmdit.conditioning mmdit.text".split()
+    modules = "flow.matching flow.schedule flow.guidance flow.solver flow.cache flow.presets mmdit.conditioning mmdit.text".split()
     code = "import sys\n" + "\n".join(f"import opensora_nb.{m}" for m in modules) + "\nprint([m for m in ('transformers', 'av', 'cv2', 'polars', 'matplotlib', 'scipy', 'PIL', 'tyro') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from opensora_nb.cluster.files import UserError
+from opensora_nb.flow.cache import StepCache
 from opensora_nb.flow.guidance import PASSES, Guidance, Passes, guidance_plan, guide, image_strength, interval_of_times, per_token, single_scale, text_strength
 from opensora_nb.flow.presets import PRESETS, preset
 from opensora_nb.flow.schedule import timesteps
@@ -205,3 +206,65 @@ def test_presets_fit_the_pipelines_config():
         assert (cfg.height, cfg.width, cfg.num_frames, cfg.steps, cfg.guidance) == (*p.size, p.num_frames, 50, Guidance())
         assert p.tokens == math.prod(p.latent_size) // p.model.patch_size ** 2
     with pytest.raises(UserError, match="high_compression"): preset("4k")
+
+
+# ---- the step cache ----
+class Told:
+    "A cache that never answers and notes what it is told."
+    def __init__(self): self.asked, self.kept = [], []
+    def recall(self, name, x, t): self.asked.append((name, t))
+    def keep(self, name, x, t, velocity): self.kept.append((name, t, tuple(velocity.shape)))
+
+def test_passes_ask_the_cache_for_each_and_tell_it_of_each():
+    clip, passes = sampled(tiny_model(), cache=(told := Told()))
+    assert len(told.asked) == len(told.kept) == passes.count == 38 and [k[:2] for k in told.kept] == told.asked and {s for *_, s in told.kept} == {(2, 48, 8)}
+    assert torch.equal(clip, sampled(tiny_model())[0])
+
+def test_a_threshold_of_nought_is_off_and_larger_ones_run_fewer_passes_farther_from_the_exact_clip():
+    model = tiny_model()
+    exact, passes = sampled(model, steps=40)
+    off, same = sampled(model, steps=40, cache=StepCache(0.0))
+    assert torch.equal(off, exact) and same.count == passes.count
+    found = [(sampled(model, steps=40, cache=(cache := StepCache(t))), cache) for t in (1e-4, 0.01, 1.0)]
+    counts, errors = [p.count for (_, p), _ in found], [rms(x - exact) / rms(exact) for (x, _), _ in found]
+    assert passes.count >= counts[0] > counts[2] and errors[0] <= errors[2] < 0.5 and counts == sorted(counts, reverse=True)
+    assert all(p.count + cache.skipped == passes.count for (_, p), cache in found)
+
+@pytest.mark.parametrize("together, most", [(True, 1), (True, 3), (False, 2)])
+def test_no_row_of_guesses_is_longer_than_allowed(together, most):
+    seen = []
+    line = lambda names, x, t: (seen.append((t, names)), torch.full((len(names), 1, 1), 3 * t - 1).double())[1]
+    passes = Passes(line, cache=(cache := StepCache(10.0, most, together=together)))
+    euler(lambda x, t, i: (seen.append((t, "step")), passes(("text_image",), x, t)["text_image"])[1], torch.zeros(1, 1, 1).double(), timesteps(60).double())
+    row = longest = 0
+    for _, what in seen:
+        row = row + 1 if what == "step" else 0
+        longest = max(longest, row - 1)                                   # a step that is followed by its pass is not a guess
+    assert cache.skipped > 20 and longest <= most
+
+def test_all_passes_of_a_step_are_left_out_or_none():
+    class Watched(Passes):
+        def __call__(self, names, x, t):
+            before = self.count
+            out = super().__call__(names, x, t)
+            assert self.count - before in (0, len(names)) or not self.cache.known.keys() >= set(names) or len(self.cache.known["none"]) < 2
+            return out
+    g = torch.Generator().manual_seed(0)
+    smooth, rough = (lambda t: torch.full((1, 4, 1), 1 + t)), (lambda t: 1 + torch.rand(1, 4, 1, generator=g))
+    passes = Watched(lambda names, x, t: torch.cat([(rough if n == "none" else smooth)(t) for n in names]), cache=StepCache(0.05))
+    for t in torch.linspace(1, 0, 40).tolist(): passes(PASSES, torch.zeros(1, 4, 1), t)
+    alone = Passes(lambda names, x, t: torch.cat([(rough if n == "none" else smooth)(t) for n in names]), cache=StepCache(0.05, together=False))
+    for t in torch.linspace(1, 0, 40).tolist(): alone(PASSES, torch.zeros(1, 4, 1), t)
+    assert passes.cache.skipped < alone.cache.skipped                     # one that nobody can foretell holds the others
+
+def test_a_straight_continuation_is_exact_on_a_line_and_repetition_on_a_constant():
+    for straight, v in ((True, lambda t: 5 * t - 2), (False, lambda t: 1.5)):
+        cache = StepCache(0.1, straight=straight)
+        for t in (1.0, 0.9, 0.7): cache.keep("text_image", noise(1), t, torch.full((1, 2, 2), float(v(t))).double())
+        assert torch.allclose(cache.foretell("text_image", 0.2), torch.full((1, 2, 2), float(v(0.2))).double()) and cache.expected("text_image", 0.2) < 1e-9
+    assert StepCache(0.1).foretell("image", 0.5) is None and StepCache(0.1).expected("image", 0.5) == math.inf
+
+def test_a_velocity_of_nought_is_no_division_by_nought():
+    cache = StepCache(0.1)
+    for t in (1.0, 0.9, 0.8, 0.7): cache.keep("none", noise(1), t, torch.zeros(1, 2, 2))
+    assert cache.expected("none", 0.6) == 0 and cache.recall("none", noise(1), 0.6).eq(0).all()
