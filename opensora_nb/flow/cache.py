@@ -13,17 +13,18 @@ from torch import Tensor
 class StepCache:
     """Foretells passes of the model where it can; `Passes(run, how, cache=StepCache(0.05))` asks it. One for each clip.
 
-    threshold: expected relative error of a velocity up to which its pass is left out; 0 never leaves one out. most: how many times in a row a pass may be left out.
-    straight: continue the last two velocities in a line; False repeats the last one.
+    threshold: expected relative error of a velocity up to which its pass is left out; 0 never leaves one out. most: how many times in a row that may happen.
+    straight: continue the last two velocities in a line; False repeats the last one. together: leave out all passes of a step or none, as the least predictable of them says.
     `skipped` counts the passes left out, `errors` has (pass, t, relative error of what would have been foretold) of those that were run.
     """
-    def __init__(self, threshold: float, most: int = 3, straight: bool = True):
+    def __init__(self, threshold: float, most: int = 3, straight: bool = True, together: bool = True):
         if not threshold >= 0: raise ValueError(f"the threshold of a cache must be 0 (off) or above, got {threshold}")
         if most < 1: raise ValueError(f"at least one pass in a row must be left out for a cache to do anything, got most={most}")
-        self.threshold, self.most, self.straight = threshold, most, straight
+        self.threshold, self.most, self.straight, self.together = threshold, most, straight, together
         self.known: dict[str, list[tuple[float, Tensor]]] = {}          # the last two answers of each pass, latest first
         self.measured: dict[str, tuple[float, float]] = {}              # (relative error, gap) of the last comparison
-        self.row: dict[str, int] = {}                                   # left out since the last answer
+        self.row: dict[str, int] = {}                                   # times in a row that a pass (or "all") was left out
+        self.decided: tuple[float, bool] | None = None                  # for all passes at this time
         self.errors: list[tuple[str, float, float]] = []
         self.skipped = 0
 
@@ -40,11 +41,22 @@ class StepCache:
         error, gap = self.measured[name]
         return error * (abs(t - self.known[name][0][0]) / gap) ** (2 if self.straight else 1)
 
+    def leaves_out(self, who: str, t: float) -> bool:
+        "Whether a pass, or all of them, can be foretold at time t."
+        worst = max((self.expected(name, t) for name in (self.known if who == "all" else (who,))), default=float("inf"))
+        yes = self.threshold > 0 and worst <= self.threshold and self.row.get(who, 0) < self.most
+        self.row[who] = self.row.get(who, 0) + 1 if yes else 0
+        return yes
+
     def recall(self, name: str, x: Tensor, t: float) -> Tensor | None:
         "The velocity to use in place of the pass, or None: run it."
-        if not self.threshold or self.expected(name, t) > self.threshold or self.row.get(name, 0) >= self.most: return None
-        self.row[name], self.skipped = self.row.get(name, 0) + 1, self.skipped + 1
-        return self.foretell(name, t)
+        if not self.together: yes = self.leaves_out(name, t)
+        else:
+            if self.decided is None or self.decided[0] != t: self.decided = t, self.leaves_out("all", t)
+            yes = self.decided[1]
+        guess = self.foretell(name, t) if yes else None
+        self.skipped += guess is not None
+        return guess
 
     def keep(self, name: str, x: Tensor, t: float, velocity: Tensor) -> None:
         "A pass was run: remember its answer, and how far off a guess would have been."
@@ -54,4 +66,3 @@ class StepCache:
             self.measured[name] = error, abs(t - self.known[name][0][0])
             self.errors.append((name, t, error))
         self.known[name] = [(t, velocity), *self.known.get(name, [])[:1]]
-        self.row[name] = 0
