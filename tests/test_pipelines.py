@@ -150,6 +150,17 @@ def test_streamed_blocks_keep_two_at_a_time_and_go_when_the_work_is_broken_off()
     hook.remove()
 
 
+@pytest.mark.parametrize("stay", [0, 0.3, 0.7, 2])
+def test_blocks_that_stay_change_nothing_but_the_bytes(stay):
+    model = grown(MMDiT(replace(TINY_MMDIT, depth=2, depth_single_blocks=5)), 1)
+    inputs = dict(img=torch.randn(1, 4, 16), img_ids=torch.zeros(4, 3), txt=torch.randn(1, 2, 384), txt_ids=torch.zeros(2, 3), timesteps=torch.ones(1), y_vec=torch.randn(1, 384))
+    with torch.no_grad(): plain = model(**inputs)
+    total, two = sum(p.nbytes for p in model.parameters()), block_bytes({k: tuple(v.shape) for k, v in model.state_dict().items()}, 4)
+    turns = Turns(dict(model=[model]), "cpu", "blocks", int(stay * total))
+    with torch.no_grad(), turns("model"): twice = [model(**inputs) for _ in range(2)]
+    assert torch.equal(twice[0], plain) and torch.equal(twice[1], plain) and turns.now == 0 and turns.peak <= min(two + stay * total, total)
+
+
 # ---- memory told beforehand ----
 def test_what_does_not_fit_is_refused_with_what_is_missing_and_what_helps(weights):
     error(lambda: Pipeline.from_pretrained(weights, limit_gb=0.001), "GB are missing", "no option helps")

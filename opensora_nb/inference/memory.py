@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Offload', 'ROOM', 'sampling_bytes', 'decode_bytes', 'Need', 'parameter_bytes', 'block_bytes', 'need_of',
-           'device_bytes', 'check_fits', 'Away', 'Turns', 'Streamed', 'to_int8']
+           'device_bytes', 'check_fits', 'Away', 'Turns', 'Streamed', 'spread_blocks', 'to_int8']
 
 # %% ../../nbs/inference/05_memory.ipynb #b6947853
 import math
@@ -125,20 +125,21 @@ class Away:
         for x, home in self.pairs: x.data = home
 
 class Turns:
-    "Brings each part to the device for its turn. parts: modules by the names that `turn` is called with; what is in none of them stays. peak: bytes of weights that were there at once, at most."
-    def __init__(self, parts: Mapping[str, Sequence[nn.Module]], device: torch.device | str, offload: Offload = "models"):
+    """Brings each part to the device for its turn. parts: modules by the names that `turn` is called with; what is in none of them stays. stay_bytes: of a streamed transformer's blocks, so many
+    are there for the whole turn. peak: bytes of weights that were there at once, at most."""
+    def __init__(self, parts: Mapping[str, Sequence[nn.Module]], device: torch.device | str, offload: Offload = "models", stay_bytes: int = 0):
         self.device, self.now, self.peak, self.streamed = torch.device(device), 0, 0, {}
         self.away = {name: [] for name in parts}
         for name, modules in parts.items():
             for module in modules:
-                if offload == "blocks" and isinstance(module, MMDiT): self.streamed[name] = Streamed(module, self.device, self._count)
+                if offload == "blocks" and isinstance(module, MMDiT): self.streamed[name] = Streamed(module, self.device, self._count, stay_bytes)
                 else: self.away[name].append(Away(module, self.device))
 
     def _count(self, more: int) -> None: self.now += more; self.peak = max(self.peak, self.now)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        here = [*self.away[name], *([self.streamed[name].ends] if name in self.streamed else [])]
+        here = [*self.away[name], *(self.streamed[name].staying if name in self.streamed else [])]
         for part in here: part.place(part.fetch()); self._count(part.bytes)
         try: yield
         finally:
@@ -148,15 +149,20 @@ class Turns:
 
 # %% ../../nbs/inference/05_memory.ipynb #b8087016
 class Streamed:
-    "The blocks of a transformer, fetched ahead one at a time while it runs. ends: all that belongs to no block. count: told of bytes that come (positive) and go."
-    def __init__(self, model: MMDiT, device: torch.device, count: Callable[[int], None] = lambda more: None):
+    "The blocks of a transformer, fetched ahead one at a time while it runs. count: told of bytes that come (positive) and go. stay_bytes: of blocks that stay; `staying`: those, and all that belongs to no block."
+    def __init__(self, model: MMDiT, device: torch.device, count: Callable[[int], None] = lambda more: None, stay_bytes: int = 0):
         blocks = [*model.double_blocks, *model.single_blocks]
         self.device, self.count, self.coming, self.done = device, count, {}, None
         self.blocks = [Away(block, device, pin=True) for block in blocks]
         rest = nn.ModuleList(child for name, child in model.named_children() if name not in ("double_blocks", "single_blocks"))
-        self.ends = Away(rest, device)
+        stay = spread_blocks([b.bytes for b in self.blocks], stay_bytes)
+        self.staying = [Away(rest, device), *(self.blocks[k] for k in stay)]
+        moving = [k for k in range(len(blocks)) if k not in stay]
+        self.next = dict(zip(moving, moving[1:] + moving[:1]))                # the one to fetch while this one computes
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        for k, block in enumerate(blocks): block.register_forward_pre_hook(lambda *_, k=k: self._before(k)); block.register_forward_hook(lambda *_, k=k: self._after(k))
+        for k, block in enumerate(blocks):
+            if k not in self.next: continue
+            block.register_forward_pre_hook(lambda *_, k=k: self._before(k)); block.register_forward_hook(lambda *_, k=k: self._after(k))
 
     def _fetch(self, k: int) -> None:
         if k in self.coming: return
@@ -172,18 +178,26 @@ class Streamed:
             for x in self.coming[k]: x.record_stream(torch.cuda.current_stream(self.device))
             if self.done is not None: self.done.synchronize()                   # the block before has been computed, and its memory is free
         self.blocks[k].place(self.coming[k])
-        self._fetch((k + 1) % len(self.blocks))
+        self._fetch(self.next[k])
 
     def _after(self, k: int) -> None:
         if self.stream is not None: self.done = torch.cuda.Event(); self.done.record(torch.cuda.current_stream(self.device))
         self._drop(k)
 
     def _drop(self, k: int) -> None:
-        self.blocks[k].leave(); self.coming.pop(k); self.count(-self.blocks[k].bytes)
+        self.blocks[k].leave()
+        if k in self.coming: self.coming.pop(k); self.count(-self.blocks[k].bytes)
 
     def stop(self) -> None:
         "Lets go of what was fetched ahead."
         for k in list(self.coming): self._drop(k)
+
+def spread_blocks(sizes: Sequence[int], room: int) -> list[int]:
+    "Numbers of blocks that fit into `room` bytes together, spread evenly over the depth."
+    for n in range(len(sizes), 0, -1):
+        picked = sorted({int((k + 0.5) * len(sizes) / n) for k in range(n)})
+        if sum(sizes[k] for k in picked) <= room: return picked
+    return []
 
 # %% ../../nbs/inference/05_memory.ipynb #3b12096c
 def to_int8(model: nn.Module, device: torch.device | str) -> nn.Module:

@@ -22,7 +22,7 @@ from ..cluster.files import UserError, existing, whole
 from ..cluster.weights import find_weights, read_config, read_shapes, shipped
 from .given import given_pixels, needed, picture_tensor, read_stretch, stretch_frames
 from .image_to_video import ImageToVideo as Sampler, SampleConfig, kind_of
-from .memory import Offload, Turns, check_fits, decode_bytes, device_bytes, need_of, to_int8
+from .memory import Need, Offload, Turns, check_fits, decode_bytes, device_bytes, need_of, to_int8
 from .prompts import Assistant, check_prompt, motion_of, motion_score, refine_prompt
 from .sizes import check_frames, clip_size
 from ..mmdit.model import MMDiT, MMDiTConfig, published_config
@@ -157,7 +157,8 @@ def load_sampler(cfg: LoadConfig, sample: SampleConfig | Mapping[str, Any] | Non
     places = dict(autoencoder=Path(cfg.autoencoder or shipped("autoencoder")), mmdit=Path(cfg.mmdit or shipped("mmdit")))
     path = find_weights(cfg.mmdit or shipped("mmdit"), prefer=("model.safetensors", "Open_Sora_v2.safetensors"))
     autoencoder, text = load_autoencoder(places["autoencoder"]).to(dtype), _text_config(cfg.text_encoders)
-    _refuse_large(cfg, path, autoencoder, text, sample, device, dtype)
+    need, room = _refuse_large(cfg, path, autoencoder, text, sample, device, dtype), device_bytes(device, cfg.limit_gb)
+    if cfg.limit_gb is not None and device.type == "cuda": torch.cuda.set_per_process_memory_fraction(min(1.0, room / torch.cuda.get_device_properties(device).total_memory), device)
     stays = cfg.offload == "no"
     model = MMDiT.from_pretrained(path, dtype=dtype).eval()
     if cfg.weights == "int8": model = to_int8(model, device)
@@ -165,20 +166,22 @@ def load_sampler(cfg: LoadConfig, sample: SampleConfig | Mapping[str, Any] | Non
     encoder.device = device
     turn = None
     if stays: autoencoder.to(device); model.to(device)
-    else: turn = Turns(dict(text=[m for m in (encoder.model, encoder.pooled_model) if m is not None], model=[model], autoencoder=[autoencoder]), device, cfg.offload)
+    else: turn = Turns(dict(text=[m for m in (encoder.model, encoder.pooled_model) if m is not None], model=[model], autoencoder=[autoencoder]), device, cfg.offload,
+                           0 if need is None else max(0, int(0.9 * room - need.on_device("blocks"))))
     about = {name: dict(name="pocket" if getattr(cfg, name) is None else place.name, fingerprint=fingerprint(find_weights(place, prefer=("model.safetensors", path.name, "hunyuan_vae.safetensors"))))
              for name, place in places.items()}
     return Sampler(autoencoder, model, encoder, device, turn), about
 
-def _refuse_large(cfg: LoadConfig, path: Path, autoencoder, text: TextEncoderConfig, sample: SampleConfig | Mapping[str, Any] | None, device: torch.device, dtype: torch.dtype) -> None:
+def _refuse_large(cfg: LoadConfig, path: Path, autoencoder, text: TextEncoderConfig, sample: SampleConfig | Mapping[str, Any] | None, device: torch.device, dtype: torch.dtype) -> Need | None:
+    "What a clip takes, where it is worth reckoning. Raises UserError where that is more than there is."
     model, shapes = _model_header(path)
     room, weights = device_bytes(device, cfg.limit_gb), sum(math.prod(s) for s in shapes.values()) * dtype.itemsize + (words := _text_bytes(text))
-    if model is None or cfg.limit_gb is None and weights < 0.05 * room: return
-    if autoencoder.latent_channels != model.latent_channels: return          # does not belong together, as will be said
+    if model is None or cfg.limit_gb is None and weights < 0.05 * room: return None
+    if autoencoder.latent_channels != model.latent_channels: return None     # does not belong together, as will be said
     if not isinstance(sample, SampleConfig): sample = changed(usual(autoencoder, model), autoencoder, autoencoder.spatial_compression * model.patch_size, **(sample or {}))
     need = lambda how, int8: need_of(model, shapes, autoencoder, words, text.token_length, how, dtype=dtype, int8=int8)
     plain = need(sample, cfg.weights == "int8")
-    if plain.on_device(cfg.offload) <= room: return
+    if plain.on_device(cfg.offload) <= room: return plain
     tiles = replace(plain, decode=decode_bytes(autoencoder, sample.num_frames, sample.height, sample.width, RELEASE))
     ways = {"as asked": (plain, cfg.offload), "--offload models": (plain, "models"), "--offload models --tiling": (tiles, "models"), "--offload models --tiling --weights int8": (replace(tiles, model=plain.model // 2, block=plain.block // 2), "models"),
             "--offload blocks --tiling --passes single": (replace(tiles, step=plain.step // 3 if sample.passes != "single" else plain.step), "blocks")}
@@ -375,7 +378,7 @@ class TextToImageToVideo(Pipeline):
         text, score = asked_text(prompt, motion_score, refine_prompt, assistant, False)
         cfg = replace(cfg or self.config(**changes), motion_score=score)
         self.sampler.check(cfg, kind="i2v_head")
-        if isinstance(self.painter, PocketPainter): self.painter.cfg = replace(self.painter.cfg, steps=cfg.steps, num_frames=cfg.num_frames)
+        if isinstance(self.painter, PocketPainter): self.painter.cfg = cfg
         made = [generate(self, text, "i2v_head", {0: self.painter(text, (cfg.height, cfg.width), s).unsqueeze(1)}, cfg, [s], [getattr(self.painter, "name", "painter")], prompt, callback, return_latents)
                 for s in range(seed, seed + num_sample)]
         return Clips(torch.cat([m.video for m in made]), [s for m in made for s in m.settings], made[0].fps, torch.cat([m.latents for m in made]) if return_latents else None)
