@@ -66,7 +66,7 @@ def check_schema(result):
     for r in result["batches"]["rows"]:
         for side in ("given", "searched"): assert (r[side]["samples_per_s"] is None) == (r[side]["problem"] is not None)
         assert r["searched"]["memory_mb"] is None or r["searched"]["memory_mb"] <= result["batches"]["memory_mb"]
-    assert "missing" in result["gpu"] or len(result["gpu"]["rows"]) == 2 * len(train_cases())
+    assert "missing" in result["gpu"] or result["gpu"]["rows"]
 
 def test_the_record_that_the_page_shows_is_whole_and_says_where_it_was_made():
     result = json.loads((ROOT / "assets/bench/train.json").read_text())

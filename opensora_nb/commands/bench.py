@@ -24,7 +24,7 @@ class Config:
     repetitions: int = 3                   # of what is timed; the median counts
     film_minutes: float = 120              # curation: length of the long film in the memory test
     device: Literal["auto", "cpu", "cuda"] = "auto"   # mmdit, train, generate: what to measure; auto is all that this machine has
-    tokens: tuple[int, ...] = ()           # mmdit: of the clips on a GPU, only those with so many video tokens; none means all of the report's tables
+    tokens: tuple[int, ...] = ()           # mmdit, train: of the clips on a GPU, only those with so many video tokens; none means all of the report's tables
 
 def run(cfg: Config) -> int:
     "Measures, prints the tables and writes the JSON; 0, or 1 where numbers differ that should be equal."
@@ -59,20 +59,27 @@ def _ae(cfg: Config):
 
 def _mmdit(cfg: Config):
     from opensora_nb.mmdit.bench import MMDiTBench, bench_mmdit, quick, report
-    import torch
     suite = MMDiTBench(device=cfg.device, threads=cfg.workers or _cores(), repetitions=cfg.repetitions)
-    sizes = {case.tokens for case in suite.gpu}
-    if wrong := set(cfg.tokens) - sizes: raise UserError(f"no clip of the tables has {', '.join(map(str, sorted(wrong)))} tokens; known are {', '.join(map(str, sorted(sizes)))}")
-    if cfg.device == "cuda" and not torch.cuda.is_available(): raise UserError("there is no CUDA device here: leave out --device cuda, or run this on a machine with a GPU")
-    if cfg.tokens: suite = replace(suite, gpu=tuple(case for case in suite.gpu if case.tokens in cfg.tokens))
+    if cfg.tokens: suite = replace(suite, gpu=_asked(cfg, suite.gpu))
+    _card(cfg)
     return (lambda command, say: bench_mmdit(quick(suite) if cfg.quick else suite, command, say)), report
 
 def _train(cfg: Config):
     from opensora_nb.training.bench import TrainBench, bench_train, quick, report
+    suite = TrainBench(device=cfg.device, threads=cfg.workers or _cores(), repetitions=cfg.repetitions)
+    if cfg.tokens: suite = replace(suite, cards=_asked(cfg, suite.cards))
+    _card(cfg)
+    return (lambda command, say: bench_train(quick(suite) if cfg.quick else suite, command, say)), report
+
+def _asked(cfg: Config, cases: tuple) -> tuple:
+    "Those of the clips that have as many tokens as were asked for."
+    sizes = {case.tokens for case in cases}
+    if wrong := set(cfg.tokens) - sizes: raise UserError(f"no clip of the tables has {', '.join(map(str, sorted(wrong)))} tokens; known are {', '.join(map(str, sorted(sizes)))}")
+    return tuple(case for case in cases if case.tokens in cfg.tokens)
+
+def _card(cfg: Config) -> None:
     import torch
     if cfg.device == "cuda" and not torch.cuda.is_available(): raise UserError("there is no CUDA device here: leave out --device cuda, or run this on a machine with a GPU")
-    suite = TrainBench(device=cfg.device, threads=cfg.workers or _cores(), repetitions=cfg.repetitions)
-    return (lambda command, say: bench_train(quick(suite) if cfg.quick else suite, command, say)), report
 
 def _generate(cfg: Config):
     from opensora_nb.inference.bench import GenerateBench, bench_generate, quick, report

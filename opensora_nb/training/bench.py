@@ -137,9 +137,9 @@ def keeping_run(how: dict, model: dict, video: list[int], batch: int, steps: int
     "Memory that a process grows by while it trains, in MB, and seconds of a step: on the clock, and of processors; call it in a fresh process."
     torch.set_num_threads(threads)
     cfg, cuda = MMDiTConfig(**model), device.startswith("cuda")
-    net = build(cfg, device=device).train()
-    given = inputs(Case("", cfg, tuple(video), batch, 64), device)
-    small = inputs(Case("", cfg, (1, 4, 4), 1, 8), device)
+    dtype = torch.bfloat16 if cuda else torch.float32
+    net = build(cfg, device=device, dtype=dtype).train()
+    given, small = (inputs(case, device, dtype) for case in (Case("", cfg, tuple(video), batch, 64), Case("", cfg, (1, 4, 4), 1, 8)))
     seconds, worked, wait = [], [], torch.cuda.synchronize if cuda else (lambda: None)
     def step(what):
         loss = net(**what).float().square().mean()
@@ -385,7 +385,7 @@ def bench_train(cfg: TrainBench = TrainBench(), command: str = "", say: Callable
     else:
         device = torch.device("cuda")
         result["gpu"] = dict(card=torch.cuda.get_device_name(), memory_gb=torch.cuda.get_device_properties(0).total_memory / 2**30, rows=bench_cards(cfg.cards, cfg.repetitions, device, small=cfg.cards == tiny_cases(), say=say),
-                             keeping=bench_keeping(replace(open_sora_v2(), depth=4, depth_single_blocks=8) if cfg.cards == train_cases() else cfg.slim, (9, 48, 48) if cfg.cards == train_cases() else cfg.video, 1, cfg.repetitions, "cuda", cfg.threads, say=say))
+                             keeping=bench_keeping(*((cfg.slim, cfg.video) if cfg.cards == tiny_cases() else (replace(open_sora_v2(), depth=4, depth_single_blocks=8), (9, 48, 48))), 1, cfg.repetitions, "cuda", cfg.threads, say=say))
         result["gpu"]["speed_up"] = speed_up(result["gpu"]["rows"])
     result["machine"]["load_average"] = dict(before=[round(x, 2) for x in load], after=[round(x, 2) for x in os.getloadavg()] if load else [])
     return result
