@@ -240,7 +240,7 @@ def report(result: dict) -> str:
     if result["rows"]: lines.append("pocket clip, 32 frames of 64 px, from prompt and image to frames" + (" (made smaller: the figures mean nothing)" if s["shrunk"] else ""))
     for r in result["rows"]:
         from_exact = f"two noises: {r['other_noise_db']:.1f} dB" if r["psnr_db"] is None else f"{r['psnr_db']:.1f} dB, {r['grey_levels']:.2f} grey levels from exact"
-        lines.append(f"  {r['way']:40}{r['median_s']:8.2f} s" + (f" (aim {r['aim_s']:.0f})" if r["aim_s"] else " " * 8) + f"{r['passes']:6.0f} passes   {from_exact}")
+        lines.append(f"  {r['way']:40}{r['median_s']:8.2f} s" + (f" (aim {r['aim_s']:.0f})" if r["aim_s"] else "").ljust(9) + f"{median(r['cpu_seconds']):8.2f} s of processors {r['passes']:6.0f} passes   {from_exact}")
     if "missing" in g: return "\n".join([*lines, f"GPU: {g['missing']}"])
     lines += [f"GPU: {g['card']}, {g['memory_gb']:.0f} GB, CUDA {g['cuda']}, bfloat16, made weights, 50 steps, three-way guidance, decoding included, text encoders not", *map(gpu_line, g["rows"])]
     total = {r["clip"]: r["total_s"] for r in g["rows"] if "total_s" in r}
