@@ -70,7 +70,7 @@ def error(work, *words):
 def test_given_images_stand_in_their_frames_and_nowhere_else(pipe, refs, kind, ends):
     given = [picture(seed=k) for k in range(refs)]
     clip = pipe("x", given, kind, return_latents=True, **QUICK)
-    latents = [pipe.sampler.encode(picture_tensor(p, (32, 32))[None, :, None])[0] for p in (given * 2)[:2]]
+    latents = [pipe.sampler.held(picture_tensor(p, (32, 32))[None, :, None])[0] for p in (given * 2)[:2]]
     expected = {0: latents[0], -1: latents[-1] if len(ends) == 2 else latents[0]}
     for end in ends: assert torch.equal(clip.latents[0][:, [end]], expected[end])
     free = {0, 1, 2} - {e % 3 for e in ends}
@@ -105,6 +105,16 @@ def test_pipelines_by_name_make_what_they_say_and_nothing_else(pipe):
     error(lambda: ImageToVideo(core)("x", picture(), picture(), **QUICK), "one of the two")
     error(lambda: TextToVideo(core)("x", [picture()], **QUICK), "not i2v_head")
 
+def test_the_model_is_shown_the_image_as_an_image_and_the_clip_gets_it_as_frames(pipe, causal):
+    image = picture_tensor(picture(), (32, 32))[None, :, None]
+    alone, still = pipe.sampler.encode(image), pipe.sampler.encode(image.expand(-1, -1, 4, -1, -1))
+    seen = []
+    hook = pipe.sampler.model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["cond"]), with_kwargs=True)
+    try: clip = pipe("x", [picture()], return_latents=True, **QUICK)
+    finally: hook.remove()
+    assert torch.equal(seen[0][0, :16, 1:].T.reshape(16, 4, 4), alone[0, :, 0]) and torch.equal(clip.latents[:, :, :1], still) and not torch.allclose(alone, still, atol=1e-3)
+    assert torch.equal(causal.sampler.held(image), causal.sampler.encode(image)), "to a causal autoencoder a first frame is an image"
+
 def test_extending_keeps_the_film_and_adds_new_frames_on_the_side_asked(pipe):
     extend, old = ExtendVideo(pipe.sampler), film(34)
     for side, by, frames, kind, new in (("after", "auto", 36, "v2v_head", 4), ("before", "stretch", 40, "v2v_tail", 8), ("after", "image", 12, "i2v_head", 11), ("before", "auto", 12, "i2v_tail", 11)):
@@ -118,7 +128,7 @@ def test_text_to_image_to_video_begins_with_the_picture_that_was_drawn(pipe):
     drawn = {}
     def painter(prompt, size, seed): drawn[seed] = picture_tensor(picture(seed=seed), size); return drawn[seed]
     clips = TextToImageToVideo(pipe.sampler, painter=painter)("x", seed=5, num_sample=2, return_latents=True, **QUICK)
-    for k, seed in enumerate((5, 6)): assert torch.equal(clips.latents[k][:, :1], pipe.sampler.encode(drawn[seed][None, :, None])[0])
+    for k, seed in enumerate((5, 6)): assert torch.equal(clips.latents[k][:, :1], pipe.sampler.held(drawn[seed][None, :, None])[0])
     own = TextToImageToVideo(pipe.sampler)("x", **QUICK)
     assert own.frames.shape == (1, 12, 32, 32, 3) and own.settings[0]["refs"] == [dict(name="video model")]
 
@@ -184,7 +194,7 @@ def test_a_picture_by_flux_is_the_first_frame(pipe, tmp_path):
     painted = painter("a dog", (32, 32), 3)
     assert painted.shape == (3, 32, 32) and torch.equal(painter("a dog", (32, 32), 3), painted) and not torch.equal(painter("a dog", (32, 32), 4), painted)
     clip = TextToImageToVideo(pipe.sampler, painter=painter)("a dog", seed=3, return_latents=True, **QUICK)
-    assert torch.equal(clip.latents[0][:, :1], pipe.sampler.encode(painted[None, :, None])[0]) and clip.settings[0]["refs"] == [dict(name="FLUX")]
+    assert torch.equal(clip.latents[0][:, :1], pipe.sampler.held(painted[None, :, None])[0]) and clip.settings[0]["refs"] == [dict(name="FLUX")]
 
 def test_needs_add_up_by_mode():
     need = Need(text=10, model=24, autoencoder=1, block=3, step=2, decode=5)

@@ -98,12 +98,17 @@ class ImageToVideo:
         for x in ends.values():
             if x.shape[-2:] != (cfg.height, cfg.width): raise ValueError(f"images must have the clip's size of {cfg.height} x {cfg.width}, got {tuple(x.shape)}")
         given = {end: self.encode(x.unsqueeze(2), cfg.tiling) for end, x in ends.items()}
-        return self.decode(self.sample_latent(prompts, given, cfg, seeds, callback), cfg)
+        back = {end: self.held(x.unsqueeze(2), cfg.tiling) for end, x in ends.items()} if cfg.write_back else None
+        return self.decode(self.sample_latent(prompts, given, cfg, seeds, callback, back=back), cfg)
 
     @torch.no_grad()
     def encode(self, video: Tensor, tiling: Tiling | None = None) -> Tensor:
         "Latent `(B, C, T', H', W')`, float32, of video or images `(B, 3, T, H, W)` in [-1, 1]."
         with self.turn("autoencoder"): return self.autoencoder.encode(video.to(self.device, _dtype(self.autoencoder)), tiling).float()
+
+    def held(self, images: Tensor, tiling: Tiling | None = None) -> Tensor:
+        "Latent `(B, C, 1, H', W')` of images `(B, 3, 1, H, W)` as a frame of a clip's latent: for an autoencoder that is not causal, that of the image standing still for as many frames as one latent frame holds."
+        return self.encode(images if self.autoencoder.causal else images.expand(-1, -1, self.autoencoder.temporal_compression, -1, -1), tiling)
 
     @torch.no_grad()
     def decode(self, latent: Tensor, cfg: SampleConfig) -> Tensor:
@@ -113,13 +118,14 @@ class ImageToVideo:
 
     @torch.no_grad()
     def sample_latent(self, prompts: Sequence[str], reference: Tensor | Mapping[int, Tensor] | None, cfg: SampleConfig, seeds: Sequence[int],
-                      callback: Callable[[int, int], None] | None = None, kind: str | None = None, solver: Callable[..., Tensor] | None = None) -> Tensor:
+                      callback: Callable[[int, int], None] | None = None, kind: str | None = None, solver: Callable[..., Tensor] | None = None,
+                      back: Mapping[int, Tensor] | None = None) -> Tensor:
         """Latents `(B, C, T', H', W')`, float32, on the device.
 
         reference: latents by the end of the clip that they are given for, {0: head, -1: tail}, each `(B, C, n, H', W')`; a tensor is the head's; None: nothing is given. kind: of condition;
-        images at the ends given, by default. solver: called as `solver(velocity, noise, ts)` in place of the one that cfg names.
+        images at the ends given, by default. solver: called as `solver(velocity, noise, ts)` in place of the one that cfg names. back: latents to write back, by end, in place of the given ones.
         """
-        return _sampled(self, prompts, {} if reference is None else {0: reference} if isinstance(reference, Tensor) else dict(reference), cfg, seeds, callback, kind, solver)
+        return _sampled(self, prompts, {} if reference is None else {0: reference} if isinstance(reference, Tensor) else dict(reference), cfg, seeds, callback, kind, solver, back)
 
 # %% ../../nbs/inference/00_image_to_video.ipynb #31109f43
 def _dtype(module: torch.nn.Module) -> torch.dtype: return next(module.parameters()).dtype
@@ -129,7 +135,7 @@ def kind_of(given: Mapping[int, Tensor]) -> str:
     return {(): "t2v", (0,): "i2v_head", (-1,): "i2v_tail", (-1, 0): "i2v_loop"}[tuple(sorted(given))]
 
 def _sampled(self: ImageToVideo, prompts: Sequence[str], given: dict[int, Tensor], cfg: SampleConfig, seeds: Sequence[int], callback: Callable[[int, int], None] | None, kind: str | None,
-             solver: Callable[..., Tensor] | None = None) -> Tensor:
+             solver: Callable[..., Tensor] | None = None, back: Mapping[int, Tensor] | None = None) -> Tensor:
     kind, (C, T, H, W), B = kind or kind_of(given), self.autoencoder.latent_shape(cfg.num_frames, cfg.height, cfg.width), len(prompts)
     noise = torch.stack([torch.randn(C, T, H, W, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(self.device)      # drawn here, so that a seed is the same clip on every device
     with self.turn("text"): tokens, pooled = (x.to(self.device) for x in self.text([decorate(p, cfg.fps, cfg.motion_score) for p in prompts] + [cfg.negative_prompt]))
@@ -157,5 +163,5 @@ def _sampled(self: ImageToVideo, prompts: Sequence[str], given: dict[int, Tensor
     how = dict(callback=progress, kinds=[now.passes for now in plan])                # steps of different passes have different velocities
     with self.turn("model"): latent = solver(velocity, noise, ts) if solver else SOLVERS[cfg.solver](velocity, noise, ts, **how)
     if cfg.write_back and kind.startswith("i2v") and T > 1:
-        for end in given_frames(kind): latent[:, :, end] = given[end][:, :, end].to(latent)
+        for end in given_frames(kind): latent[:, :, end] = (back or given)[end][:, :, end].to(latent)
     return latent

@@ -252,7 +252,8 @@ def generate(self: Pipeline, prompt: str, kind: str, given: Mapping[int, Tensor]
     self.sampler.check(cfg, kind=kind)
     if (tokens := self.sampler.text.count(prompt)) > self.sampler.text.cfg.token_length: self.say(f"the prompt has {len(prompt.split())} words; the text encoder reads {self.sampler.text.cfg.token_length} tokens of {tokens}, the beginning")
     latents = {end: self.sampler.encode(x.unsqueeze(0), cfg.tiling).expand(len(seeds), -1, -1, -1, -1) for end, x in given.items()}
-    latent = self.sampler.sample_latent([prompt] * len(seeds), latents or None, cfg, list(seeds), callback, kind)
+    back = {end: self.sampler.held(x.unsqueeze(0), cfg.tiling).expand(len(seeds), -1, -1, -1, -1) for end, x in given.items()} if cfg.write_back and kind.startswith("i2v") else None
+    latent = self.sampler.sample_latent([prompt] * len(seeds), latents or None, cfg, list(seeds), callback, kind, back=back)
     if not torch.isfinite(latent).all(): raise UserError("the clip came out as numbers that are none: weaker guidance, more steps, or other weights")
     video = self.sampler.decode(latent, cfg)
     return Clips(video, [settings_for(self, prompt, kind, cfg, seed, refs, asked) for seed in seeds], cfg.fps or 24, latent.cpu() if return_latents else None)
