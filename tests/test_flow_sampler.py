@@ -27,13 +27,13 @@ def test_error_of_second_order_whatever_the_data_and_the_steps(name, m, c, alpha
 def test_two_fields_in_turns_reach_their_mean_with_second_order(alpha, steady):
     "A steady part first, as long as it likes, then turns; the truth is the strong field alone and then the mean, in as many small steps."
     strong, plain, x, shares = gaussian(2.0, 0.5), gaussian(-1.0, 1.5), noise(32).double(), steady / 8
+    mean = lambda x, t, step: strong(x, t) if step < 1024 * shares else (strong(x, t) + plain(x, t)) / 2
+    truth = heun(mean, x, timesteps(1024, alpha).double())
     def error(n, known):
         ts, cut = timesteps(n, alpha).double(), round(n * shares)
         kinds = ["strong" if i < cut or (i - cut) % 2 == 0 else "plain" for i in range(n)]
-        fine = timesteps(2048, alpha).double()
-        mean = lambda x, t, step: strong(x, t) if step < 2048 * shares else (strong(x, t) + plain(x, t)) / 2
         made = adams_bashforth(lambda x, t, step: (strong if kinds[step] == "strong" else plain)(x, t), x, ts, kinds=kinds if known else None)
-        return rms(made - heun(mean, x, fine))
+        return rms(made - truth)
     knowing, blind = [error(n, True) for n in (64, 128)], [error(n, False) for n in (64, 128)]
     assert knowing[0] / knowing[1] > 3 and blind[0] / blind[1] < 2.8 and knowing[1] < 0.4 * blind[1], (knowing, blind)
 
