@@ -64,7 +64,7 @@ def _listed(table: Path) -> list[tuple[Any, Any]]:
 
 # %% ../../nbs/evaluation/03_preference.ipynb #734be655
 def match_sets(sets: Mapping[str, Sequence[Entry]]) -> dict[str, dict[str, Entry]]:
-    """`{key: {set: clip}}` of what is in at least two sets. Keys are prompts where every clip has one (the second clip of a prompt is matched with the second), else the names of the files without folder and ending.
+    """`{key: {set: clip}}`. Keys are prompts where every clip has one (the second clip of a prompt is matched with the second), else the names of the files without folder and ending.
     """
     known = all(e.prompt for entries in sets.values() for e in entries)
     found: dict[str, dict[str, Entry]] = {}
@@ -74,7 +74,7 @@ def match_sets(sets: Mapping[str, Sequence[Entry]]) -> dict[str, dict[str, Entry
             key = " ".join(entry.prompt.split()) if known else entry.path.stem
             seen[key] = seen.get(key, 0) + 1
             found.setdefault(key if seen[key] == 1 else f"{key} #{seen[key]}", {})[name] = entry
-    return {key: clips for key, clips in found.items() if len(clips) > 1}
+    return found
 
 # %% ../../nbs/evaluation/03_preference.ipynb #9078cfa0
 @dataclass(frozen=True)
@@ -109,7 +109,9 @@ class Study:
         self.pairs: dict[str, Pair] = {}
         for key, clips in matched.items():
             for a, b in self.comparisons:
-                if a not in clips or b not in clips: continue
+                if lacks := [n for n in (a, b) if n not in clips]:
+                    if len(lacks) == 1: self.skipped[f"{lacks[0]}: {key}"] = f"{lacks[0]} has no clip of {one_line(key)[:120]!r}"
+                    continue
                 looked = [self._look(clips[n].path, seen) for n in (a, b)]
                 if None in looked: continue
                 prompt = clips[a].prompt or clips[b].prompt or key.replace("_", " ")
