@@ -8,7 +8,7 @@ __all__ = ['SIDE', 'CELLS', 'BLOCKS', 'PARTS', 'NEAR', 'HORIZONS', 'LAGS', 'DRIF
            'ground_motion', 'clock', 'track', 'outline', 'Observation', 'observe', 'track_numbers', 'motion_numbers',
            'outline_numbers', 'Reader', 'Verdict', 'Judge', 'as_clip', 'judge', 'agreement', 'prompt_adherence',
            'Scenes', 'body_places', 'draw_scenes', 'spoil', 'finder_loss', 'train_finder', 'truth_of', 'train_reader',
-           'save_judge', 'train_judge', 'Judged', 'judged', 'accuracy', 'confusion']
+           'save_judge', 'train_judge', 'Judged', 'judged', 'accuracy', 'confusion', 'generator_quality']
 
 # %% ../../nbs/evaluation/01_judge.ipynb #5d09bd75
 from dataclasses import asdict, dataclass, field, replace
@@ -493,3 +493,22 @@ def confusion(rows: Sequence[Judged], name: str) -> np.ndarray:
     "How often each word was read (columns) for each truth (rows), in the order of ATTRIBUTES; what is none of these is not counted."
     words = list(ATTRIBUTES[name])
     return np.array([[sum(r.truth[name] == a and r.verdict[name] == b for r in rows) for b in words] for a in words])
+
+# %% ../../nbs/evaluation/01_judge.ipynb #2287096a
+def generator_quality(pipeline, clips: int = 24, responders: int = 6, scores: Sequence[float] = (1, 2, 3, 4, 5, 6, 7), motion: float = 4, steps: int = 20, seed: int = 7) -> dict:
+    """Of an `ImageToVideo`: `asked`, `measured`, `spearman` and `fidelity` (dB, frames 1 to 4 at the lowest score) of the first `responders` prompts of the pocket world `seed`; `adherence` and, by attribute, `attributes` of all `clips` of them at score `motion`.
+
+    A clip takes 6 s on one core at 20 steps.
+    """
+    from scipy.stats import spearmanr
+    from opensora_nb.autoencoder.metrics import to_uint8
+    from opensora_nb.inference.image_to_video import SampleConfig
+    from opensora_nb.inference.motion_score import held_out_cases, motion_response
+    (prompts, images), cfg = held_out_cases(clips, seed), SampleConfig(steps=steps, motion_score=motion, write_back=False)
+    response = motion_response(pipeline, prompts[:responders], images[:responders], list(scores), cfg) if responders else dict(asked=[], measured=[], fidelity=[])
+    right = []
+    for k in tqdm(range(0, clips, 6), desc="judging", unit="batch"):
+        made = to_uint8(pipeline(prompts[k : k + 6], images[k : k + 6], cfg, list(range(k, min(k + 6, clips))))).permute(0, 2, 3, 4, 1).numpy()
+        right += [agreement(judge(clip), truth_of(prompt)) for clip, prompt in zip(made, prompts[k : k + 6])]
+    attributes = {name: float(np.mean([r[name] for r in right])) for name in ATTRIBUTES}
+    return response | dict(spearman=[float(spearmanr(scores, row)[0]) for row in response["measured"]], clips=clips, adherence=float(np.mean(list(attributes.values()))), attributes=attributes, steps=steps, seed=seed)
