@@ -1,5 +1,5 @@
 "From words, pictures and films to files: which conditions reach the model, what is refused, what a file says of itself, and how little memory will do."
-import json, subprocess, threading, time
+import json, subprocess, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -420,3 +420,9 @@ def test_tables_as_the_release_writes_them(tmp_path):
     (tmp_path / "t.txt").write_text("one\n\ntwo\n"); assert [r.text for r in read_prompts(tmp_path / "t.txt")] == ["one", "two"]
     (tmp_path / "b.csv").write_bytes(b"text\n\xff\xfe"); error(lambda: read_prompts(tmp_path / "b.csv"), "not UTF-8")
     error(lambda: read_prompts(tmp_path), "is a folder"); error(lambda: read_prompts(tmp_path / "none.csv"), "no such table")
+
+@pytest.mark.soak
+def test_two_processes_of_torchrun_share_a_table(weights, tmp_path):
+    (tmp_path / "t.txt").write_text("one\ntwo\nthree\n")
+    r = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "opensora_nb.commands.cli", "generate", "--prompts", "t.txt", "--models", str(weights), *OPTIONS, "--out", "clips"], cwd=tmp_path, capture_output=True, text=True)
+    assert r.returncode == 0 and sorted(told(tmp_path / "clips")) == [f"{k:04d}-00042.mp4" for k in range(3)], r.stderr
