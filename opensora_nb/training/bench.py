@@ -86,7 +86,7 @@ def parts_figure(rows: list[dict], ax=None):
             if share > 0.05: ax.text(at + 50 * share, y, f"{100 * share:.1f}", ha="center", va="center", fontsize=8, color="w")
             at += 100 * share
     ax.set_yticks(range(len(rows)), [f"{r['source']}\n{r['seconds']:.2f} s a step" for r in rows], fontsize=8); ax.invert_yaxis(); ax.set(xlabel="% of a step", xlim=(0, 100))
-    ax.legend(fontsize=7, ncols=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.45)); ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=7, ncols=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.3)); ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 # %% ../../nbs/training/09_bench.ipynb #0fda2f51
