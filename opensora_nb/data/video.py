@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Iterable, Iterator, Mapping
 import av, cv2, numpy as np
 from ..cluster.files import UserError, whole
 from .manifest import REASONS
@@ -136,16 +136,17 @@ def open_video(path: str | Path, threads: int = 1) -> Iterator[tuple[av.containe
             raise VideoError(path, "crashed" if error.errno == errno.ENOMEM else "broken", error.strerror) from error
 
 # %% ../../nbs/data/02_video.ipynb #fb97d1e3
-def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float = 24, crf: int = 18, profile: str | None = None) -> Path:
+def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float = 24, crf: int = 18, profile: str | None = None, metadata: Mapping[str, str] | None = None) -> Path:
     """Writes uint8 RGB frames `(T, H, W, 3)`, array or iterable, as H.264 yuv420p, whole or not at all; returns the path.
 
-    H and W must be even (chroma has half the resolution). profile: x264's name, such as "baseline" or "high".
+    H and W must be even (chroma has half the resolution). profile: x264's name, such as "baseline" or "high". metadata: of the container: title, comment, ...
     """
     frames, path = iter(frames), Path(path)
     if (first := next(frames, None)) is None: raise ValueError("no frames to write")
     if first.dtype != np.uint8 or first.ndim != 3 or first.shape[2] != 3: raise ValueError(f"frames must be uint8 (H, W, 3), got {first.dtype} {first.shape}")
     if first.shape[0] % 2 or first.shape[1] % 2: raise ValueError(f"height and width must be even, got {first.shape[:2]}")
     with whole(path) as temporary, av.open(str(temporary), "w", options={"movflags": "+faststart"}) as container:
+        container.metadata.update(metadata or {})
         stream = h264_stream(container, first.shape[0], first.shape[1], fps, crf, profile)
         for k, frame in enumerate((first, *frames)):
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")

@@ -21,7 +21,7 @@ from ..flow.guidance import Guidance, guidance_plan, image_strength, text_streng
 from ..flow.matching import estimate_data
 from .image_to_video import SOLVERS, SampleConfig
 from .given import given_pixels, read_picture
-from .pipelines import AnyToVideo, settings_for, write_clip
+from .pipelines import AnyToVideo, generate, write_clip
 from .prompts import check_prompt
 from .workshop import Work
 
@@ -181,9 +181,7 @@ def clip_maker(pipeline: AnyToVideo, gallery: Gallery, previews: Sequence[int] =
         if kept := gallery.find(wish): return dict(clip=kept.path.name, cached=True)
         cfg, began = wish.sample(pipeline), time.perf_counter()
         kind, refs = ("t2v", []) if wish.picture is None else ("i2v_head", [gallery.picture(wish.picture)])
-        pipeline.sampler.check(cfg, kind=kind)
-        states = []
-        with work.step(): given = {end: pipeline.sampler.encode(x.unsqueeze(0)) for end, x in given_pixels(kind, refs, (cfg.height, cfg.width), pipeline.sampler.autoencoder.causal, pipeline.sampler.autoencoder.temporal_compression, cfg.fps).items()}
+        states, pixels = [], given_pixels(kind, refs, (cfg.height, cfg.width), pipeline.sampler.autoencoder.causal, pipeline.sampler.autoencoder.temporal_compression, cfg.fps)
 
         def seen(step: int, t: float, x: Tensor, v: Tensor) -> None:
             states.append(x[0])
@@ -195,12 +193,10 @@ def clip_maker(pipeline: AnyToVideo, gallery: Gallery, previews: Sequence[int] =
         def walk(velocity: Callable[[Tensor, float, int], Tensor], noise: Tensor, ts: Tensor) -> Tensor:
             def in_turn(x: Tensor, t: float, step: int) -> Tensor:
                 with work.step(): return velocity(x, t, step)
-            return SOLVERS[cfg.solver](in_turn, noise, ts, callback=seen, kinds=[s.passes for s in guidance_plan(cfg.guidance, cfg.steps, noise.shape[2], bool(given))])
+            return SOLVERS[cfg.solver](in_turn, noise, ts, callback=seen, kinds=[s.passes for s in guidance_plan(cfg.guidance, cfg.steps, noise.shape[2], bool(pixels))])
 
-        latent = pipeline.sampler.sample_latent([wish.prompt], given or None, cfg, [wish.seed], kind=kind, solver=walk)
-        with work.step(): video = pipeline.sampler.decode(latent, cfg)
-        frames = ((video[0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
-        kept = gallery.keep(frames, wish, settings_for(pipeline, wish.prompt, kind, cfg, wish.seed, refs), time.perf_counter() - began, cfg.fps or 24, states)
+        clips = generate(pipeline, wish.prompt, kind, pixels, cfg, [wish.seed], refs, solver=walk)
+        kept = gallery.keep(clips.frames[0], wish, clips.settings[0], time.perf_counter() - began, clips.fps, states)
         return dict(clip=kept.path.name, cached=False)
 
     def look_into(request: Mapping[str, Any], work: Work) -> dict[str, Any]:

@@ -65,18 +65,9 @@ def fingerprint(path: Path) -> str:
 # %% ../../nbs/inference/06_pipelines.ipynb #e90a3fa3
 def write_clip(path: str | Path, frames: Any, settings: Mapping[str, Any], fps: float = 24) -> Path:
     "Writes uint8 frames `(T, H, W, 3)` as H.264 with the settings in the file's comment, and the same as JSON beside it; each whole or not at all."
-    import av, numpy as np
-    from fractions import Fraction
-    from opensora_nb.data.video import h264_stream
+    from opensora_nb.data.video import write_video
     path, text = Path(path), json.dumps(settings, ensure_ascii=False)
-    with whole(path) as temporary, av.open(str(temporary), "w", options={"movflags": "+faststart"}) as container:
-        container.metadata.update(comment=text, title=str(settings.get("prompt", ""))[:200])
-        stream = h264_stream(container, *frames[0].shape[:2], fps, crf=18)
-        for k, frame in enumerate(frames):
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            picture.pts, picture.time_base = k, 1 / Fraction(stream.codec_context.framerate)
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode(None))
+    write_video(path, frames, fps, metadata=dict(comment=text, title=str(settings.get("prompt", ""))[:200]))
     with whole(path.with_suffix(".json")) as file: file.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
     return path
 
@@ -246,14 +237,14 @@ def _about(ref: Any) -> dict:
     return dict(name=str(ref) if isinstance(ref, str) else type(ref).__name__)
 
 def generate(self: Pipeline, prompt: str, kind: str, given: Mapping[int, Tensor], cfg: SampleConfig, seeds: Sequence[int], refs: Sequence[Any] = (), asked: str | None = None,
-             callback: Callable[[int, int], None] | None = None, return_latents: bool = False) -> Clips:
-    "Clips of one prompt, a seed each. given: pixels `(3, n, H, W)` in [-1, 1] by end. refs, asked: for the settings."
+             callback: Callable[[int, int], None] | None = None, return_latents: bool = False, solver: Callable[..., Tensor] | None = None) -> Clips:
+    "Clips of one prompt, a seed each. given: pixels `(3, n, H, W)` in [-1, 1] by end. refs, asked: for the settings. solver: see `sample_latent`."
     if self.kinds is not None and kind not in self.kinds: raise UserError(f"{type(self).__name__} makes {' and '.join(self.kinds)}, not {kind}: take another pipeline")
     self.sampler.check(cfg, kind=kind)
     if (tokens := self.sampler.text.count(prompt)) > self.sampler.text.cfg.token_length: self.say(f"the prompt has {len(prompt.split())} words; the text encoder reads {self.sampler.text.cfg.token_length} tokens of {tokens}, the beginning")
     latents = {end: self.sampler.encode(x.unsqueeze(0), cfg.tiling).expand(len(seeds), -1, -1, -1, -1) for end, x in given.items()}
     back = {end: self.sampler.held(x.unsqueeze(0), cfg.tiling).expand(len(seeds), -1, -1, -1, -1) for end, x in given.items()} if cfg.write_back and kind.startswith("i2v") else None
-    latent = self.sampler.sample_latent([prompt] * len(seeds), latents or None, cfg, list(seeds), callback, kind, back=back)
+    latent = self.sampler.sample_latent([prompt] * len(seeds), latents or None, cfg, list(seeds), callback, kind, solver, back)
     if not torch.isfinite(latent).all(): raise UserError("the clip came out as numbers that are none: weaker guidance, more steps, or other weights")
     video = self.sampler.decode(latent, cfg)
     return Clips(video, [settings_for(self, prompt, kind, cfg, seed, refs, asked) for seed in seeds], cfg.fps or 24, latent.cpu() if return_latents else None)
