@@ -283,7 +283,7 @@ def press(page, key):
 @pytest.mark.slow
 @needs_browser
 def test_ten_pairs_are_rated_by_keys_with_a_reload_on_the_way(home, study, tmp_path):
-    answers, wanted, rng, frames = tmp_path / "answers.jsonl", {}, random.Random(0), []
+    answers, wanted, rng, frames, refused = tmp_path / "answers.jsonl", {}, random.Random(0), [], []
     code = "import sys; from pathlib import Path; from opensora_nb.evaluation.preference_room import *; serve_preference(PreferenceConfig((f'alphamodel={sys.argv[1]}/alphamodel', f'betamodel={sys.argv[1]}/betamodel'), Path(sys.argv[2]), port=int(sys.argv[3]), browser=False))"
     keys = {"left": ("1", "ArrowLeft"), "tie": ("2", "ArrowDown"), "right": ("3", "ArrowRight")}
     seen = order(study, "ann b")
@@ -291,6 +291,7 @@ def test_ten_pairs_are_rated_by_keys_with_a_reload_on_the_way(home, study, tmp_p
         for q in QUESTIONS:
             press(page, keys[said := rng.choice(ANSWERS)][by]); wanted[seen[k].pair.key, q] = said
     with served(lambda port: [sys.executable, "-c", code, str(home), str(answers), str(port)], tmp_path / "voila.log", "/voila/static/voila.js") as address, browser(1280, 900) as (page, complaints):
+        page.on("response", lambda answer: refused.append(answer.url) if answer.status >= 400 else None)
         page.on("websocket", lambda socket: socket.on("framereceived", lambda data: frames.append(data if isinstance(data, bytes) else data.encode())))
         page.goto(address, wait_until="commit", timeout=120_000)
         page.locator(".os-who input").fill("ann  b", timeout=120_000); page.keyboard.press("Enter")      # a door that Enter opens
@@ -313,24 +314,22 @@ def test_ten_pairs_are_rated_by_keys_with_a_reload_on_the_way(home, study, tmp_p
         for j in range(5 * 3, 3 * k + asked): wanted[seen[j // 3].pair.key, list(QUESTIONS)[j % 3]] = "left"
         known = {(key, q): said for (_, key, q), (said, _) in read_answers(study, answers).given.items()}
         assert known == wanted and (k, asked) > (5, 0), "what the page shows is what is kept"
-        other = page.context.new_page(); other.goto(f"{address}/?rater=bob", wait_until="commit"); other.wait_for_function(SEEN, timeout=120_000)      # somebody else, at the same time
+        other = page.context.browser.new_page(); other.goto(f"{address}/?rater=bob", wait_until="commit"); other.wait_for_function(SEEN, timeout=120_000)      # somebody else, at the same time
         press(other, "3"); assert other.evaluate(STATE) == [0, 1] and page.evaluate(STATE) == [k, asked]
         while k < 10:
             q = list(QUESTIONS)[asked]
             if (k, q) == (8, "visual"): page.locator(".os-now button").nth(1).click(); said = "tie"; page.wait_for_function(f"({STATE})()[1] == 1")      # and by hand
             else: press(page, keys[said := rng.choice(ANSWERS)][0])
             wanted[seen[k].pair.key, q] = said
-            if "<img src=x" in page.locator(".os-room").inner_text(): wanted["hostile prompt was shown"] = True
             k, asked = page.evaluate(STATE)
         page.wait_for_function("document.querySelector('.os-end').innerText.includes('Thank you, ann b')")
-        assert wanted.pop("hostile prompt was shown") or True
-        assert page.evaluate("window.pwned === undefined && !document.querySelector('img[src=x]')"), "words are text"
+        assert any(b"&lt;img src=x" in frame for frame in frames) and page.evaluate("window.pwned === undefined && !document.querySelector('img[src=x]')"), "words are text"
         assert other.evaluate("[...document.querySelectorAll('.os-room button, .os-room input')].filter(e => e.offsetParent).every(e => e.title && e.innerText)"), "each control says what it is"
         other.set_viewport_size(dict(width=390, height=800)); other.wait_for_timeout(300)
         assert other.evaluate("Math.max(...[...document.querySelectorAll('.os-room *')].map(e => e.getBoundingClientRect().right))") <= 391, "nothing sticks out on a phone"
         said = "\n".join([page.content(), other.content(), *(f.decode("latin1") for f in frames)])
         assert len(frames) > 50 and not any(word in said for word in ("alphamodel", "betamodel", str(home))), "neither page nor messages name a set"
-        assert not complaints, complaints
+        assert not complaints, (complaints, refused)
     known = {(key, q): (said, left) for (who, key, q), (said, left) in read_answers(study, answers).given.items() if who == "ann b"}
     assert known == {(s.pair.key, q): (wanted[s.pair.key, q], s.left) for s in seen for q in QUESTIONS} and len(known) == 30
     log = (tmp_path / "voila.log").read_text()

@@ -49,9 +49,11 @@ SCRIPT = """
   const name = NAME, alone = ALONE, room = () => document.querySelector('.' + name);
   if (window[name]) return;
   window[name] = true;
+  const beacon = navigator.sendBeacon.bind(navigator), secret = () => document.cookie.split('; ').find(c => c.startsWith('_xsrf='))?.slice(6);
+  if (alone) navigator.sendBeacon = (url, data) => !String(url).includes('/voila/api/shutdown/') ? beacon(url, data) : secret() ? beacon(url + '?_xsrf=' + encodeURIComponent(secret()), data) : true;
   const keys = {'1': 'left', ArrowLeft: 'left', '2': 'tie', ArrowDown: 'tie', '3': 'right', ArrowRight: 'right', Backspace: 'back', r: 'again', R: 'again'};
   const clips = () => [...(room()?.querySelectorAll('video') ?? [])];
-  const ready = v => v.length == 2 && v.every(x => x.readyState >= 2 || x.error);
+  const ready = v => v.length == 2 && v.map(x => x.seen ||= x.readyState >= 2 || x.error != null).every(Boolean);     // once seen, always: a clip that jumps to its start has no picture for a moment
   const again = () => clips().forEach(v => { v.currentTime = 0; v.play().catch(() => {}); });
   let playing = '', sent = null, rested = 0;
   setInterval(() => {
@@ -326,8 +328,8 @@ def page_code(path: str | Path) -> str: return f"from opensora_nb.evaluation.pre
 
 # %% ../../nbs/evaluation/04_preference_room.ipynb #88b2a5e2
 def preference_command(page: Path, cfg: PreferenceConfig) -> list[str]:
-    "Voila's command for the page; large clips pass, which Jupyter's limit of a megabyte a second would drop."
-    return [*voila_command(page, cfg.port, cfg.dark, cfg.browser), "--ZMQChannelsWebsocketConnection.limit_rate=False"]
+    "Voila's command for the page: large clips pass, which Jupyter's limit of a megabyte a second would drop, and kernels that have had no page for half an hour end."
+    return [*voila_command(page, cfg.port, cfg.dark, cfg.browser), "--ZMQChannelsWebsocketConnection.limit_rate=False", "--MappingKernelManager.cull_idle_timeout=1800", "--MappingKernelManager.cull_interval=60"]
 
 def serve_preference(cfg: PreferenceConfig) -> int:
     "Serves the room until Ctrl-C and says what is skipped and, at the end, the results; returns 0, or Voila's own exit status. UserError, before anything is served, for whatever is wrong with clips or answers."
