@@ -144,7 +144,7 @@ def test_candidates_are_judged_with_the_given_image_put_back(pipe):
     seen = []
     first = pipe(["snow"], IMAGE, CFG, [0])[:, :, 0]
     scaled(pipe, "snow", IMAGE, CFG, ScalingConfig((1,), 1), dict(look=lambda frames: seen.append(frames) or 0.0), seed=0)
-    reference = pipe.encode(IMAGE.unsqueeze(2))
+    reference = pipe.held(IMAGE.unsqueeze(2))[:, :, :1]
     assert len(seen) == 2 and seen[0].shape == (12, 24, 32, 3) and seen[0].dtype == np.uint8
     got = []
     whole = pipe.decode

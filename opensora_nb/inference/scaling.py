@@ -8,7 +8,7 @@ __all__ = ['Verifier', 'PRESETS', 'vary', 'ScalingConfig', 'for_steps', 'weighte
 
 # %% ../../nbs/inference/06_scaling.ipynb #6551e5e1
 import itertools, math, time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 import numpy as np, torch
 from torch import Tensor
@@ -95,6 +95,7 @@ class Walk:
         "States and velocities before a step."
         self.x, self.v = ({k: v for k, v in kept.items() if k >= step} for kept in (self.x, self.v))
 
+# %% ../../nbs/inference/06_scaling.ipynb #ccc5f69c
 @dataclass
 class Candidate:
     "One that was judged. step: at which it was made (-1: a first noise); kind: noise, unchanged or variation; parent: its place among the survivors of the round before; verdict: number of the call of `verify` that judged it."
@@ -190,6 +191,7 @@ class Record:
         rows = [[dict(step=c.step, kind=c.kind, parent=c.parent, score=c.score, scores=c.scores, chosen=c.chosen) for c in made] for made in self.rounds]
         return dict(rounds=rows, predicted=asdict(self.predicted), counted=asdict(self.counted), seconds=self.seconds)
 
+# %% ../../nbs/inference/06_scaling.ipynb #4785eedd
 def as_frames(clip: Tensor) -> np.ndarray:
     "A clip `(1, 3, T, H, W)` in [-1, 1] as frames `(T, H, W, 3)`, uint8: what a verifier reads."
     return to_uint8(clip)[0].permute(1, 2, 3, 0).contiguous().numpy()
@@ -205,6 +207,7 @@ def scaled(pipeline: ImageToVideo, prompt: str, image: Tensor | None, cfg: Sampl
     if getattr(cfg, "cache", None): raise UserError("the step cache expects one walk, and a search takes many at once: leave the cache off")
     pipeline.check(cfg, image is not None)
     reference, T = (None if image is None else pipeline.encode(image.unsqueeze(2), cfg.tiling)), pipeline.autoencoder.latent_shape(cfg.num_frames, cfg.height, cfg.width)[1]
+    back = pipeline.held(image.unsqueeze(2), cfg.tiling) if image is not None and cfg.write_back and T > 1 else None      # what stands in the first frame of the finished clip
     guidance = cfg.guidance if image is not None else replace(cfg.guidance, dynamic_image=False)
     passes = [len(now.passes) for now in guidance_plan(guidance, cfg.steps, T, has_image=image is not None)]
     record, asked, spent = Record(predict(scaling, passes, len(verifiers))), [0] * cfg.steps, dict(velocity=0.0, decode=0.0, verify=0.0)
@@ -215,7 +218,7 @@ def scaled(pipeline: ImageToVideo, prompt: str, image: Tensor | None, cfg: Sampl
         spent[name] += time.perf_counter() - began
         return result
     def verify(latent: Tensor) -> dict[str, float]:
-        if reference is not None and cfg.write_back and T > 1: latent = torch.cat([reference[:, :, :1].to(latent), latent[:, :, 1:]], 2)
+        if back is not None: latent = torch.cat([back[:, :, :1].to(latent), latent[:, :, 1:]], 2)
         frames = as_frames(timed("decode", pipeline.decode, latent, cfg))
         record.strips.append(frames[np.linspace(0, len(frames) - 1, 6).round().astype(int)])
         return {name: float(timed("verify", work, frames)) for name, work in verifiers.items()}
@@ -227,7 +230,7 @@ def scaled(pipeline: ImageToVideo, prompt: str, image: Tensor | None, cfg: Sampl
         return search(ask, noise, ts, verify, scaling, torch.Generator().manual_seed(seed + 1_000_003), lambda made: record.rounds.append([replace(c, walk=None) for c in made]))
 
     began = time.perf_counter()
-    clip = timed("decode", pipeline.decode, pipeline.sample_latent([prompt], reference, cfg, [seed], solver=solver), cfg)
+    clip = timed("decode", pipeline.decode, pipeline.sample_latent([prompt], reference, cfg, [seed], solver=solver, back=None if back is None else {0: back}), cfg)
     record.seconds = spent | dict(whole=time.perf_counter() - began)
     record.counted = Cost(sum(asked), sum(n * p for n, p in zip(asked, passes)), len(record.strips), len(record.strips) * len(verifiers))
     return clip, record
