@@ -35,7 +35,7 @@ def pytest_configure(config):
         if not any(Path(given).glob("*.json")): raise pytest.UsageError(f"--golden {given}: no reference values (*.json) in this folder")
 
 
-LONG = ("test_tour", "test_curate", "test_verdicts", "test_notebooks", "test_pool", "test_bench", "test_bench_ae", "test_commands", "test_train", "test_explorer", "test_kernels", "test_bench_mmdit", "test_plan", "test_loader")      # files of minutes: begun first, so that processes end together
+LONG = ("test_tour", "test_curate", "test_verdicts", "test_notebooks", "test_pool", "test_bench", "test_bench_ae", "test_commands", "test_train", "test_explorer", "test_kernels", "test_bench_mmdit", "test_plan", "test_loader", "test_pipelines", "test_gallery", "test_preference", "test_launch", "test_train_faults", "test_judge")      # files of minutes: begun first, so that processes end together
 
 def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
