@@ -65,6 +65,7 @@ def test_without_a_card_nothing_is_claimed():
     for device, why in (("auto", "no CUDA device"), ("cuda", "no CUDA device"), ("cpu", "not asked for")):
         assert why in (found := bench_gpu(GenerateBench(device=device), None))["missing"] and "not measured" in found["missing"]
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_the_command_writes_its_record(tmp_path):
     done = subprocess.run([sys.executable, "-m", "opensora_nb.commands.cli", "bench", "generate", "--quick", "--device", "cpu", "--workers", "1", "--out", tmp_path / "generate.json"], capture_output=True, text=True)

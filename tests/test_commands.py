@@ -173,7 +173,7 @@ def test_clips_that_do_not_suit_the_autoencoder_are_one_line(given, held_out, tm
     out, err = capsys.readouterr()
     assert err.count("\n") == 1 and ("8 frames are too short" if data == "short" else "multiples of 8") in err and os.listdir("runs") == ["data"]
 
-@pytest.mark.parametrize("option, value, said", [("--steps", "many", "--steps"), ("--guidance.text", "-1", "must not be negative"), ("--size", "64", "--size")])
+@pytest.mark.parametrize("option, value, said", [("--steps", "many", "--steps"), ("--guidance.text", "-1", "not negative"), ("--size", "64", "--size")])
 def test_an_option_that_cannot_be_read_is_a_usage_error(tmp_path, monkeypatch, capsys, option, value, said):
     monkeypatch.chdir(tmp_path)
     assert main(["generate", "--prompt", "x", option, value]) == 2

@@ -162,7 +162,7 @@ try: run_tasks(mine, [1])
 except ValueError as error: print(error)
 """
 
-@pytest.mark.parametrize("engine, how", [("processes", "script"), ("processes", "-c"), ("processes", "-m"), pytest.param("ray", "script", marks=pytest.mark.slow), pytest.param("ray", "-m", marks=[pytest.mark.slow, pytest.mark.soak])])
+@pytest.mark.parametrize("engine, how", [("processes", "script"), ("processes", "-c"), ("processes", "-m"), pytest.param("ray", "script", marks=[pytest.mark.slow, pytest.mark.soak]), pytest.param("ray", "-m", marks=[pytest.mark.slow, pytest.mark.soak])])
 def test_the_callers_script_is_not_run_again(engine, how, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     start = {"script": [tmp_path / "script.py"], "-c": ["-c", SCRIPT], "-m": ["-m", "script"]}[how]
