@@ -22,7 +22,7 @@ QUIET := 2> >(grep -v WARNING >&2) | awk -v tty="$$(test -t 2 && echo 1)" '/^ *C
 help:
 	@echo "make tour    raw footage -> curated clips -> autoencoder -> MMDiT -> image brought to motion; results in runs/tour/"
 	@echo "make test    every notebook, every test, the tour once"
-	@echo "make quick   the two-minute part of the tests"
+	@echo "make quick   the quick part of the tests, three minutes"
 	@echo "make soak    what takes too long for make test: more kills, longer films, more of the footage"
 	@echo "make lab     JupyterLab on the notebooks"
 	@echo "make sync    after editing notebooks: export the library, clean metadata, write README.md"

@@ -13,6 +13,7 @@ HAVE_FFMPEG = any(p.path for p in find_programs())
 
 def bench(*words, **kwargs): return subprocess.run([*OSNB, "bench", *map(str, words)], capture_output=True, text=True, stdin=subprocess.DEVNULL, **kwargs)
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bigbuckbunny", "bikes", "carphone_pristine"])
 def test_a_looped_film_shows_the_same_pictures_again_and_its_clock_goes_on(tmp_path, name):
     clip = sample_clips()[name]
@@ -30,6 +31,7 @@ def test_a_wrong_score_is_noticed(tmp_path):
     found = differences(shifted, program.path)
     assert found["scene score"] > ALLOWED["scene score"][0] and found["motion"] > ALLOWED["motion"][0] and found["borders"] <= 2
 
+@pytest.mark.slow
 def test_the_clock_leaves_the_start_of_workers_out_and_results_keep_their_order():
     clips = [(str(sample_clips()[name]),) for name in ("bikes", "carphone_pristine", "bikes")]
     swept = sweep(one_pass, clips, clips[1], workers=2)

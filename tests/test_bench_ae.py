@@ -20,6 +20,7 @@ def test_the_plain_twin_has_the_same_weights_and_nothing_of_ours_in_its_convolut
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values())) and list(twin.state_dict()) == list(model.state_dict())
     assert all(p.is_contiguous() for p in twin.parameters())
 
+@pytest.mark.slow
 @pytest.mark.skipif(not find_spec("diffusers"), reason="diffusers is not installed")
 @pytest.mark.parametrize("cfg", [CAUSAL, replace(CAUSAL, scaling_factor=0.7, shift_factor=0.2)])
 def test_the_causal_autoencoder_and_diffusers_are_equal_forward_and_backward(cfg):

@@ -52,6 +52,7 @@ def test_a_package_that_is_not_installed_is_one_line_with_the_command_that_bring
     r = osnb("doctor", env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])})
     assert r.returncode == 2 and is_one_line(r.stderr) and r.stderr.endswith("pip install tyro\n")
 
+@pytest.mark.slow
 def test_doctor_tries_the_named_packages_and_its_code_says_whether_all_needed_is_there():
     r = osnb("doctor")
     for package in ("torch", "jupyterlab", "nbdev", "ipywidgets", "matplotlib", "triton", "colossalai", "transformers", "decord2", "scenedetect-headless", "vbench"):

@@ -207,6 +207,7 @@ def test_a_fast_drag_is_worked_on_once(collection, tmp_path):
     assert room.explorer.levels[0].min_motion == wanted and room.controls[1, "min_motion"].number.value == float(f"{wanted:.4g}")
     assert f'data-count="{room.explorer.layers()[1].clips}"' in room.pyramid.value
 
+@pytest.mark.slow
 def test_every_threshold_has_controls_that_move_it(collection, tmp_path):
     room = room_of(collection, tmp_path)
     for (group, field), control in room.controls.items():

@@ -23,12 +23,14 @@ def held_out():
 
 def shares(clips, truths): return {k: np.mean([agreement(judge(c), t)[k] for c, t in zip(clips, truths)]) for k in ATTRIBUTES}
 
+@pytest.mark.slow
 def test_held_out_clips_are_read_right(held_out):
     truths, clips = held_out
     right = shares(clips, truths)
     assert all(v >= 0.8 for v in right.values()) and np.mean(list(right.values())) >= 0.92, right
     assert np.median([abs(judge(c).pace / t.pace - 1) for c, t in zip(clips[:4], truths)]) < 0.2, "and the clock is right"
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["blurred", "compressed", "of another hue", "at 128 px"])
 def test_spoiled_clips_are_still_read(held_out, how):
     truths, clips = held_out[0][:5], held_out[1][:5]

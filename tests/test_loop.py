@@ -90,6 +90,7 @@ def straight(tmp_path_factory):
 
 
 # ---- resumption ----
+@pytest.mark.slow
 def test_a_run_that_is_interrupted_and_then_killed_ends_like_one_that_was_not(straight, tmp_path):
     program, run = tmp_path / "program.py", tmp_path / "run"
     program.write_text(PROGRAM)
@@ -203,6 +204,7 @@ def duelled(tmp_path_factory):
     run = tmp_path_factory.mktemp("duel") / "run"
     return run, duel(run)
 
+@pytest.mark.slow
 def test_a_duel_that_is_killed_ends_like_one_that_was_not(duelled, tmp_path):
     program, run = tmp_path / "program.py", tmp_path / "run"
     program.write_text(PROGRAM)

@@ -1,4 +1,5 @@
 "Notebooks, library and README are in step, and the house keeps its order."
+import pytest
 import ast, json, re, shutil, subprocess, sys
 from pathlib import Path
 ROOT = Path(__file__).parents[1]
@@ -12,6 +13,7 @@ def test_notebooks_library_and_readme_are_in_step():
     r = sync(ROOT, "--check")
     assert r.returncode == 0, r.stderr
 
+@pytest.mark.slow
 def test_a_change_by_hand_is_noticed_and_mended(tmp_path):
     for name in ("dev", "opensora_nb"): shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
     for name in ("settings.ini", "nbs/index.ipynb", "nbs/cluster/00_files.ipynb", "nbs/commands/00_cli.ipynb"):

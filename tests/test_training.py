@@ -420,6 +420,7 @@ def curated(tmp_path_factory):
     (raw / "broken.mp4").write_bytes(b"nothing")
     return out, curate(CurateConfig(raw, out, progress=False))
 
+@pytest.mark.slow
 def test_a_curated_folder_becomes_windows_of_its_kept_clips(curated):
     folder, manifest = curated
     kept = [row for row in read_manifest(folder).iter_rows(named=True) if row["status"] == "kept"]
