@@ -330,7 +330,7 @@ def report(result: dict) -> str:
     c = result["compiled"]
     lines.append("torch.compile on this processor: " + (c["missing"] if "missing" in c else f"{c['case']}: {c['compile_s']:.0f} s to compile, then " + ", ".join(f"{r['what']} {r['ratio']:.2f} times as fast as without" for r in c["rows"])))
     if mem := result.get("memory"):
-        lines.append(f"memory: {mem['clip'][0]} frames of {mem['clip'][1]} x {mem['clip'][2]} encoded in tiles: " + (mem["missing"] if "missing" in mem else f"{mem['peak_mb']:.0f} MB at the peak ({'under' if mem['peak_mb'] < mem['limit_mb'] else 'OVER'} {mem['limit_mb']:.0f}), {mem['before_mb']:.0f} MB before, {mem['seconds']:.0f} s"))
+        lines.append(f"memory: {mem['clip'][0]} frames of {mem['clip'][1]} x {mem['clip'][2]} encoded in tiles: " + (mem["missing"] if "missing" in mem else f"{mem['peak_mb']:.0f} MB at the peak ({'under' if mem['peak_mb'] < mem['limit_mb'] else 'OVER'} {mem['limit_mb']:.0f}), {mem['before_mb']:.0f} MB before, {mem['seconds']:.0f} s" + (f" ({mem['note']})" if "note" in mem else "")))
     return "\n".join(lines + _gpu_lines(result["gpu"]))
 
 def _gpu_lines(gpu: dict) -> list[str]:
