@@ -206,8 +206,8 @@ def sbatch_script(words: Sequence, nodes: int = 1, gpus_per_node: int = 8, name:
     launcher = [python, "-m", "torch.distributed.run", "--nproc-per-node", str(per_node)]
     return "\n".join(["#!/bin/bash", *(f"#SBATCH --{option}={value}" for option, value in asked.items() if value is not None), "", "set -euo pipefail", *setup,
                       f"mkdir -p {shlex.quote(folder)}", f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={max(1, grace - 30)}",
-                      'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)', "",
-                      f'srun --kill-on-bad-exit=1 {shlex.join(launcher)} --nnodes "$SLURM_NNODES" --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$first:$((20000 + SLURM_JOB_ID % 20000))" \\',
+                      'hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")', "",      # no `| head`: it may close the pipe before all is written, and pipefail ends the job
+                      f'srun --kill-on-bad-exit=1 {shlex.join(launcher)} --nnodes "$SLURM_NNODES" --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "${{hosts%%[[:space:]]*}}:$((20000 + SLURM_JOB_ID % 20000))" \\',
                       f"  {shlex.join([*program, *map(str, words)])}", ""])
 
 def write_sbatch(path: str | Path, words: Sequence, **options) -> Path:
