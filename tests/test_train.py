@@ -92,8 +92,8 @@ def test_one_process_and_two_give_one_curve_and_the_one_goes_on_where_the_two_st
     assert all((a[k] - b[k]).abs().max() < 1e-4 for b in rest for k in a)
 
 @pytest.mark.soak
-def test_a_run_of_shards_in_low_precision_computes_again_and_puts_aside(folder, tmp_path):
-    code, out, err = shell(TORCHRUN, "train", *PAIR, "--steps", 3, "--out", tmp_path, "--engine", "zero2", "--precision", "bf16", "--checkpointing", 1, 4, "--offload", True, cwd=folder)
+def test_a_run_of_shards_in_low_precision_computes_again_puts_aside_and_shares_clips(folder, tmp_path):
+    code, out, err = shell(TORCHRUN, "train", *PAIR, "--steps", 3, "--out", tmp_path, "--engine", "zero2", "--precision", "bf16", "--checkpointing", 1, 4, "--offload", True, "--context-parallel", 2, cwd=folder)
     assert code == 0, err[-2000:]
     log = read_log(tmp_path / "pocket")
     assert all(np.isfinite(log["loss"])) and MMDiT.from_pretrained(tmp_path / "pocket/model").cfg == mmdit.pocket()
@@ -191,7 +191,7 @@ def test_what_is_asked_for_takes_the_place_of_the_recipes(folder):
 
 # ---- what is refused ----
 @pytest.mark.parametrize("args, words", [(("stage1_256px_t2v",), ("--autoencoder", "--text-encoders")), (("pocket", "--buckets", "buckets.json"), ("--data",)), (("pocket", "--buckets", "table.csv"), ("table.csv is no bucket table",)),
-                                         (("pocket", "--lr", "0"), ("lr must be",)), (("pocket", "--engine", "fsdp"), ("torchrun",)), (("pocket", "--data", "four.safetensors", "--batches-per-step", "3", "--batch-size", "2"), ("3 batches a step of 2 samples",)),
+                                         (("pocket", "--lr", "0"), ("lr must be",)), (("pocket", "--engine", "fsdp"), ("torchrun",)), (("pocket", "--context-parallel", "4"), ("a multiple of 4 processes, and 1 was started", "--nproc-per-node 4")), (("pocket", "--data", "four.safetensors", "--batches-per-step", "3", "--batch-size", "2"), ("3 batches a step of 2 samples",)),
                                          (("pocket", "--init", "nowhere"), ("no weights at nowhere",)), (("pocket", "--data", "missing.csv"), ("missing.csv",)), (("pocket", "--data", "bare.csv"), ("num_frames",)),
                                          (("pocket", "--data", "bare.csv", "--buckets", "buckets.json"), ("bare.csv", "num_frames")), (("pocket", "--data", "table.csv", "--buckets", "large.json"), ("none of 13 clips fits a bucket", "height 48 to 48")),
                                          (("pocket", "--data", "gone.csv", "--buckets", "buckets.json", "--workers", "0"), ("could not be loaded", "not a video at all", "right table"))], ids=lambda x: " ".join(map(str, x))[:40])

@@ -16,6 +16,7 @@ from .files import UserError
 class Engine:
     "What a training loop asks of the machines it runs on; this one is a single process."
     kind, rank, world_size = "single", 0, 1
+    context, group = 1, None           # processes that compute a batch together, and their group; neighbours by rank
 
     def __init__(self, device: torch.device | str | None = None):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -24,6 +25,14 @@ class Engine:
     def main(self) -> bool:
         "Whether this process writes files and talks."
         return self.rank == 0
+
+    @property
+    def replica(self) -> int:
+        "Which of the `replicas` this process belongs to: processes of one are given the same batches."
+        return self.rank // self.context
+
+    @property
+    def replicas(self) -> int: return self.world_size // self.context
 
     def prepare(self, step: nn.Module, make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer], units: Sequence[nn.Module] = ()) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The step, ready to be called on this machine, and its optimizer, over what requires a gradient.
@@ -93,13 +102,14 @@ class DDP(Engine):
     "A copy of everything in each process; gradients are averaged while the backward pass runs."
     kind = "ddp"
 
-    def __init__(self, device: torch.device | str | None = None):
+    def __init__(self, device: torch.device | str | None = None, context: int = 1):
         local = int(os.environ.get("LOCAL_RANK", 0))
         super().__init__(device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
         if self.device.type == "cuda": torch.cuda.set_device(self.device)
         self.owner = not dist.is_initialized()
         if self.owner: dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world_size, self.context = dist.get_rank(), dist.get_world_size(), context
+        if context > 1: self.group = dist.new_subgroups(context)[0]
 
     def prepare(self, step, make_optimizer, units=()):
         step.to(self.device)
@@ -130,8 +140,8 @@ class FSDP(DDP):
     """
     kind = "fsdp"
 
-    def __init__(self, device: torch.device | str | None = None, keep: bool = False, dtype: torch.dtype | None = None):
-        super().__init__(device)
+    def __init__(self, device: torch.device | str | None = None, keep: bool = False, dtype: torch.dtype | None = None, context: int = 1):
+        super().__init__(device, context)
         self.keep, self.dtype, self.kind = keep, dtype, "zero2" if keep else "fsdp"
 
     def prepare(self, step, make_optimizer, units=()):
@@ -157,16 +167,17 @@ class FSDP(DDP):
 # %% ../../nbs/cluster/06_engine.ipynb #04e777bc
 ENGINES = ("auto", "single", "ddp", "zero2", "fsdp")
 
-def make_engine(kind: str = "auto", device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Engine:
-    """The engine for this process. Raises UserError for another name, and where many processes are wanted and one was started.
+def make_engine(kind: str = "auto", device: torch.device | str | None = None, dtype: torch.dtype | None = None, context: int = 1) -> Engine:
+    """The engine for this process. Raises UserError for another name, and where other processes are wanted than were started.
 
-    kind: "single", "ddp", "zero2" (shards, gathered once a step) or "fsdp" (shards, gathered twice); "auto": one process if one was started, else "ddp". dtype: of computation in the sharded ones.
+    kind: "single", "ddp", "zero2" (shards, gathered once a step) or "fsdp" (shards, gathered twice); "auto": one process if one was started, else "ddp". dtype: of computation in the sharded ones. context: processes that compute a batch together.
     """
     if kind not in ENGINES: raise UserError(f"an engine is one of {', '.join(ENGINES)}, not {kind!r}")
-    started = int(os.environ.get("WORLD_SIZE", 1))
+    started = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
     if kind == "auto": kind = "ddp" if started > 1 else "single"
+    if context < 1 or started % context: raise UserError(f"context_parallel {context} wants a multiple of {context} processes, and {started} {'was' if started == 1 else 'were'} started: torchrun --nproc-per-node {max(1, -(-started // context)) * context}, or --context-parallel 1")
     if kind == "single":
         if started > 1: raise UserError(f"engine 'single' is one process, and {started} were started: choose ddp, zero2 or fsdp")
         return Engine(device)
     if not dist.is_initialized() and "RANK" not in os.environ: raise UserError(f"engine {kind!r} wants to be started by torchrun: torchrun --nproc-per-node N -m opensora_nb.commands.cli ...")
-    return DDP(device) if kind == "ddp" else FSDP(device, kind == "zero2", dtype)
+    return DDP(device, context) if kind == "ddp" else FSDP(device, kind == "zero2", dtype, context)

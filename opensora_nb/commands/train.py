@@ -35,11 +35,12 @@ class Config(TrainConfig):
     sample_every: int | None = None            # steps between clips drawn on the way, in place of the recipe's; 0: none
     drop_text: float | None = None             # chance that a text is left out, in place of the recipe's
     checkpointing: tuple[int, int] | None = None     # double and single blocks computed again in the backward pass, in place of the recipe's
+    context_parallel: int | None = None        # processes that share the tokens of a clip, in place of the recipe's
     offload: bool | None = None                # what these keep waits in the host's memory, in place of the recipe's
     lora_rank: int | None = None               # low-rank adaptation, in place of the recipe's; 0: all weights
 
 LOOP = ("steps", "batch_size", "lr", "seed", "batches_per_step", "warmup", "ema", "precision", "save_every", "sample_every")
-OWN = ("engine", "drop_text", "checkpointing", "offload", "lora_rank")
+OWN = ("engine", "drop_text", "checkpointing", "offload", "context_parallel", "lora_rank")
 
 def asked_recipe(cfg: Config):
     "The recipe with what was asked for in its place. Raises UserError for values that make no sense."
@@ -132,7 +133,7 @@ def run(cfg: Config) -> int:
     from opensora_nb.training.diffusion import train_diffusion
     recipe, folder = asked_recipe(cfg), cfg.out / (cfg.name or cfg.recipe)
     start = shipped("mmdit") if str(cfg.init) == "shipped" else cfg.init and find_flux(cfg.init)        # a wrong name should not take minutes to show
-    models, engine = encoders(cfg, recipe), make_engine(recipe.engine, dtype=torch.bfloat16 if recipe.loop.precision == "bf16" else None)
+    models, engine = encoders(cfg, recipe), make_engine(recipe.engine, dtype=torch.bfloat16 if recipe.loop.precision == "bf16" else None, context=recipe.context_parallel)
     try:
         source = source_of(cfg, recipe, models, engine)
         train_diffusion(source, recipe, folder, start, engine, draws(cfg, recipe, models, engine), quiet=not engine.main)

@@ -6,6 +6,7 @@
 __all__ = ['BACKENDS', 'Gain', 'QKNorm', 'SelfAttention', 'attention', 'check_backend']
 
 # %% ../../nbs/mmdit/02_attention.ipynb #44435043
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -49,11 +50,12 @@ class SelfAttention(nn.Module):
 # %% ../../nbs/mmdit/02_attention.ipynb #2ab8724f
 BACKENDS = ("sdpa", "cudnn", "flash", "flex")
 
-def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa") -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, backend: str | Callable[[Tensor, Tensor, Tensor], Tensor] = "sdpa") -> Tensor:
     """Every token's mix of all values, heads side by side: `(B, L, N * d)`.
 
-    q, k, v: `(B, L, N, d)`, the joined sequence, queries and keys from `norm_rotate`. backend: one of BACKENDS, of equal results.
+    q, k, v: `(B, L, N, d)`, the joined sequence, queries and keys from `norm_rotate`. backend: one of BACKENDS, of equal results; or a function that does it in their place.
     """
+    if callable(backend): return backend(q, k, v)
     if backend == "flash": return _flash()(q, k, v).flatten(2)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if backend == "flex": out = _flex(q.is_cuda)(q, k, v)

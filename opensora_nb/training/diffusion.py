@@ -31,6 +31,7 @@ from ..data.sampler import BucketSampler
 from ..flow.matching import flow_loss, interpolate, target_velocity
 from ..flow.schedule import sample_training_t, shift_alpha, tokens_per_frame
 from ..mmdit.conditioning import DROP_TEXT, HEAD_ONLY, cached_references, check_weights, drop_text, image_condition, model_inputs, pack, reference_latents, sample_condition_kinds
+from ..mmdit.context_parallel import shared_sequence
 from ..mmdit.flux import Conversion, adapt, find_flux, from_flux, layout_of
 from ..mmdit.model import LORA_TARGETS, MMDiT, MMDiTConfig, pocket
 from ..mmdit.text import TextEncoder, decorate
@@ -199,8 +200,8 @@ class _Bucketed:
     workers: int = 2
 
     def feed(self, cfg: LoopConfig, engine: Engine) -> Feed:
-        per_step = cfg.batches_per_step or engine.world_size
-        loader = Loader(self.table, BucketSampler(self.table.sizes, self.buckets, cfg.seed, group=per_step), engine.rank, engine.world_size, per_step, self.workers, seed=cfg.seed)
+        per_step = cfg.batches_per_step or engine.replicas
+        loader = Loader(self.table, BucketSampler(self.table.sizes, self.buckets, cfg.seed, group=per_step), engine.replica, engine.replicas, per_step, self.workers, seed=cfg.seed)
         loader.name = lambda row: str(self.table.paths[int(row)])
         return loader
 
@@ -253,7 +254,7 @@ class DiffusionRecipe:
     keep_attention: bool = False       # of these blocks, the output of attention is kept
     offload: bool = False              # inputs of these blocks wait in the host's memory (section 6.2)
     engine: str = "auto"               # single, ddp, zero2 or fsdp; auto: by how it was started
-    context_parallel: int = 1          # processes that share a sequence; the plan's and the report's figure
+    context_parallel: int = 1          # processes that share the tokens of a clip
     lora_rank: int = 0                 # train low-rank matrices beside frozen weights; 0: train the weights
     release_shift: bool = False        # t shifted by H W / 4 at any patch, as the release trains
 
@@ -319,12 +320,12 @@ def train_diffusion(source: Source, recipe: DiffusionRecipe, run: str | Path, st
 
     def prepare(batch: Batch, generator: torch.Generator) -> LatentBatch: return source.batch(batch, generator).to(engine.device)
     def loss(given: LatentBatch, generator: torch.Generator) -> dict[str, Tensor]: return diffusion_loss(model, given, recipe, generator)
-    train(model, loss, source.feed(recipe.loop, engine), recipe.loop, run, _about(source, recipe, model), asdict(model.cfg), engine, sample, quiet, units=blocks, operations=lambda batch: _operations(model.cfg, source, batch), limit=_limit(engine), prepare=prepare)
+    with shared_sequence(model, engine.group): train(model, loss, source.feed(recipe.loop, engine), recipe.loop, run, _about(source, recipe, model), asdict(model.cfg), engine, sample, quiet, units=blocks, operations=lambda batch: _operations(model.cfg, source, batch), limit=_limit(engine), prepare=prepare)
     return _finished(model, low_rank, Path(run), engine)
 
 def _about(source: Source, recipe: DiffusionRecipe, model: MMDiT) -> dict:
     told = asdict(recipe) | dict(model=asdict(model.cfg))
-    for name in ("loop", "engine", "checkpointing", "keep_attention", "offload"): del told[name]        # these may change in the middle of a run: the numbers stay
+    for name in ("loop", "engine", "checkpointing", "keep_attention", "offload", "context_parallel"): del told[name]        # these may change in the middle of a run: the numbers stay
     return dict(kind="diffusion", data=source.origin, **told)
 
 def _operations(cfg: MMDiTConfig, source: Source, batch: Batch) -> float:

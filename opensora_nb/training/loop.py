@@ -105,7 +105,7 @@ class Shuffled:
         engine = engine or Engine("cpu")
         if num_samples < 1: raise UserError("no samples to train on: give other data")
         self.num_samples, self.size, self.seed, self.seen, self.number = num_samples, cfg.batch_size, cfg.seed, 0, 0
-        self.rank, self.processes, self.parts = engine.rank, engine.world_size, cfg.batches_per_step or engine.world_size
+        self.rank, self.processes, self.parts = engine.replica, engine.replicas, cfg.batches_per_step or engine.replicas
         if self.parts % self.processes or self.parts > self.size: raise UserError(f"{self.parts} batches a step of {self.size} samples cannot be dealt out to {self.processes} processes: choose batches_per_step a multiple of {self.processes}, at most batch_size")
 
     def name(self, row: int) -> str: return f"number {row}"
@@ -266,7 +266,7 @@ def advance(at: Progress, operations: Callable[[Batch], float] | None = None) ->
     while True:
         with at.clock("data"): batch = next(at.batches)
         rows += list(batch.rows)
-        if operations: at.operations += operations(batch)
+        if operations: at.operations += operations(batch) / at.engine.context
         if rival: rival.module.requires_grad_(False)
         given, noise = batch, source_of_noise(at.cfg.seed, batch.number)
         if at.prepare:
@@ -295,7 +295,7 @@ def _add(sums: dict, weight: dict, name: str, value: torch.Tensor, share: float)
 def _means(engine: Engine, sums: dict, weight: dict, count: int) -> tuple[dict[str, float], int]:
     "Means over processes, nan where nobody had a number; and the samples of all."
     flat = engine.total(torch.stack([*sums.values(), *weight.values(), torch.tensor(float(count), device=engine.device)]).to(torch.float64)).tolist()
-    return {name: a / b if b else math.nan for name, a, b in zip(sums, flat, flat[len(sums) :])}, round(flat[-1])
+    return {name: a / b if b else math.nan for name, a, b in zip(sums, flat, flat[len(sums) :])}, round(flat[-1] / engine.context)
 
 # %% ../../nbs/training/00_loop.ipynb #5dc2be25
 def _same_run(run: Path, config: dict) -> None:
