@@ -287,11 +287,16 @@ def test_dropout_is_a_function_of_seed_and_step(tmp_path):
 def test_the_first_ctrl_c_is_a_request_and_the_second_is_obeyed():
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        with StopRequest() as stop:
+        with StopRequest(apart=0) as stop:
             signal.raise_signal(signal.SIGINT)
             assert stop.asked
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+def test_the_same_wish_from_slurm_and_from_torchrun_is_one_request():
+    with StopRequest() as stop:
+        for s in (signal.SIGINT, signal.SIGINT, signal.SIGTERM): signal.raise_signal(s)
+        assert stop.asked
 
 def test_a_request_during_the_last_step_lets_the_run_finish(tmp_path):
     model, calls = nn.Linear(1, 1), 0

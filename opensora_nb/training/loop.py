@@ -133,17 +133,18 @@ def update_average(average: dict[str, torch.Tensor], model: nn.Module, decay: fl
 
 # %% ../../nbs/training/00_loop.ipynb #bc1d56d9
 class StopRequest:
-    "Inside the block the first SIGINT or SIGTERM only sets `asked`; the second interrupts as usual."
+    "Inside the block the first SIGINT or SIGTERM only sets `asked`; another one, `apart` seconds later or more, interrupts as usual. Earlier it is the same wish: Slurm signals every process of a job, and torchrun hands on what it got."
+    def __init__(self, apart: float = 3.0): self.apart = apart
     def __enter__(self) -> "StopRequest":
-        self.asked, self.before = False, {}
+        self.asked, self.since, self.before = False, 0.0, {}
         for s in (signal.SIGINT, signal.SIGTERM):
             try: self.before[s] = signal.signal(s, self._ask)
             except ValueError: pass                        # not the main thread: whoever runs us decides
         return self
 
     def _ask(self, number, frame):
-        if self.asked: raise KeyboardInterrupt
-        self.asked = True
+        if self.asked and time.monotonic() - self.since >= self.apart: raise KeyboardInterrupt
+        if not self.asked: self.asked, self.since = True, time.monotonic()
 
     def __exit__(self, *error):
         for s, handler in self.before.items(): signal.signal(s, handler)
