@@ -47,6 +47,16 @@ def test_a_trial_that_takes_too_much_is_ended_and_the_next_one_runs():
     finally: watched.close()
 
 @pytest.mark.slow
+def test_a_trial_can_be_that_of_one_of_several_who_share_weights_and_clips():
+    found = []
+    for more in ({}, dict(gpus=2, changes=dict(engine="zero2", context_parallel=2))):
+        watched = Watched("pocket", memory_mb=2000, cached=True, say=lambda line: None, **more)
+        try: found.append(watched(32, 64, 64, 4))
+        finally: watched.close()
+    assert found[0].problem is found[1].problem is None and found[1].memory_mb < 0.8 * found[0].memory_mb, found
+    with pytest.raises(UserError, match="1 GPUs do not divide into groups of 4 that share a clip: --gpus 4, or --context-parallel 1"): Watched("stage3_768px_ti2v", memory_mb=2000)
+
+@pytest.mark.slow
 @pytest.mark.soak
 def test_the_command_writes_a_table_that_training_takes(tmp_path, capsys):
     BucketTable({"64px": {32: (1.0, 8)}}, multiple=8).save(tmp_path / "in.json")

@@ -24,6 +24,8 @@ class Config:
     cached: bool = False                       # latents and texts come from a cache: no encoder in the step
     checkpointing: tuple[int, int] | None = None     # double and single blocks computed again in the backward pass, in place of the recipe's
     lora_rank: int | None = None               # low-rank adaptation, in place of the recipe's
+    gpus: int | None = None                    # that the training will have: under zero2 and fsdp each holds a share; if not given, this machine's
+    context_parallel: int | None = None        # of them share a clip, in place of the recipe's
     slack: float = 1.05                        # how much longer than the reference a half of a step may take
     threads: int = 1                           # of PyTorch, on a processor
 
@@ -33,14 +35,14 @@ def run(cfg: Config) -> int:
     from opensora_nb.data.buckets import BucketTable
     from opensora_nb.training.search import Watched, search
     if cfg.memory is not None and not cfg.memory > 0: raise UserError(f"memory must be above 0 GB, got {cfg.memory}")
-    changes = {name: value for name in ("checkpointing", "lora_rank") if (value := getattr(cfg, name)) is not None}
-    watched = Watched(cfg.recipe, changes, cfg.memory and 1024 * cfg.memory, "cuda" if torch.cuda.is_available() else "cpu", cfg.cached, cfg.threads)
+    changes = {name: value for name in ("checkpointing", "lora_rank", "context_parallel") if (value := getattr(cfg, name)) is not None}
+    watched = Watched(cfg.recipe, changes, cfg.memory and 1024 * cfg.memory, "cuda" if torch.cuda.is_available() else "cpu", cfg.cached, cfg.threads, gpus=cfg.gpus or max(1, torch.cuda.device_count()))
     table = BucketTable.read(cfg.buckets) if cfg.buckets else RECIPES[cfg.recipe]().table
     if table is None: raise UserError(f"{cfg.recipe} has clips of one size and no bucket table: name one (--buckets)")
     try: found = search(table, watched, cfg.slack)
     finally: watched.close()
     found.table.save(cfg.out)
-    with whole(trials := cfg.out.with_suffix(".trials.json")) as out: out.write_text(json.dumps(dict(recipe=cfg.recipe, reference=asdict(found.reference), trials=[asdict(t) for t in found.trials]), indent=1) + "\n")
+    with whole(trials := cfg.out.with_suffix(".trials.json")) as out: out.write_text(json.dumps(dict(recipe=cfg.recipe, gpus=watched.gpus, reference=asdict(found.reference), trials=[asdict(t) for t in found.trials]), indent=1) + "\n")
     for kind, trial in found.batches.items(): print(f"{kind.resolution:12} up to {kind.frames:3} frames: {trial.batch:4} a batch, {trial.first_half:.2f} + {trial.backward_s:.2f} s, {trial.memory_mb / 1024:.2f} GB")
     for kind in found.left_out: print(f"{kind.resolution:12} up to {kind.frames:3} frames: not even one fits, left out")
     print(f"table:  {cfg.out}\ntrials: {trials}")
