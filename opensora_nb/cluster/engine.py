@@ -9,6 +9,7 @@ __all__ = ['ENGINES', 'Engine', 'learning', 'placed_like', 'DDP', 'FSDP', 'make_
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 import torch, torch.distributed as dist, torch.nn as nn
 from .files import UserError
 
@@ -165,12 +166,12 @@ class FSDP(DDP):
         return {name: (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().cpu() for name, x in tensors.items()}
 
 # %% ../../nbs/cluster/06_engine.ipynb #04e777bc
-ENGINES = ("auto", "single", "ddp", "zero2", "fsdp")
+ENGINES = ("auto", "single", "ddp", "zero2", "fsdp", "colossalai")
 
 def make_engine(kind: str = "auto", device: torch.device | str | None = None, dtype: torch.dtype | None = None, context: int = 1) -> Engine:
     """The engine for this process. Raises UserError for another name, and where other processes are wanted than were started.
 
-    kind: "single", "ddp", "zero2" (shards, gathered once a step) or "fsdp" (shards, gathered twice); "auto": one process if one was started, else "ddp". dtype: of computation in the sharded ones. context: processes that compute a batch together.
+    kind: "single", "ddp", "zero2" (shards, gathered once a step), "fsdp" (shards, gathered twice) or "colossalai" (ZeRO-2 by the library of the report); "auto": one process if one was started, else "ddp". dtype: of computation in the sharded ones. context: processes that compute a batch together.
     """
     if kind not in ENGINES: raise UserError(f"an engine is one of {', '.join(ENGINES)}, not {kind!r}")
     started = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
@@ -179,5 +180,11 @@ def make_engine(kind: str = "auto", device: torch.device | str | None = None, dt
     if kind == "single":
         if started > 1: raise UserError(f"engine 'single' is one process, and {started} were started: choose ddp, zero2 or fsdp")
         return Engine(device)
+    if kind == "colossalai":
+        if not find_spec("colossalai"): raise UserError("engine 'colossalai' wants ColossalAI: make colossalai, or choose zero2, which shares alike")
+        if not torch.cuda.is_available(): raise UserError("ColossalAI trains on GPUs, and this machine has none: choose zero2, which shares alike")
     if not dist.is_initialized() and "RANK" not in os.environ: raise UserError(f"engine {kind!r} wants to be started by torchrun: torchrun --nproc-per-node N -m opensora_nb.commands.cli ...")
+    if kind == "colossalai":
+        from opensora_nb.cluster.colossalai import ColossalAI
+        return ColossalAI(device, dtype, context)
     return DDP(device, context) if kind == "ddp" else FSDP(device, kind == "zero2", dtype, context)

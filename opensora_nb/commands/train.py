@@ -26,7 +26,7 @@ class Config(TrainConfig):
     cache: Path | None = None                  # encode all clips once, into shards in this folder, and train from these
     buckets: Path | None = None                # bucket table (.json, from `osnb search-batch`), in place of the recipe's
     workers: int = 2                           # processes that decode clips, for each process that trains
-    engine: Literal["auto", "single", "ddp", "zero2", "fsdp"] | None = None  # in place of the recipe's
+    engine: Literal["auto", "single", "ddp", "zero2", "fsdp", "colossalai"] | None = None  # in place of the recipe's
     batches_per_step: int | None = None        # over all processes, in place of the recipe's
     warmup: int | None = None                  # steps, in place of the recipe's
     ema: float | None = None                   # of averaged weights, in place of the recipe's

@@ -253,7 +253,7 @@ class DiffusionRecipe:
     checkpointing: tuple[int, int] = (0, 0)   # double and single blocks that are computed again in the backward pass
     keep_attention: bool = False       # of these blocks, the output of attention is kept
     offload: bool = False              # inputs of these blocks wait in the host's memory (section 6.2)
-    engine: str = "auto"               # single, ddp, zero2 or fsdp; auto: by how it was started
+    engine: str = "auto"               # single, ddp, zero2, fsdp or colossalai; auto: by how it was started
     context_parallel: int = 1          # processes that share the tokens of a clip
     lora_rank: int = 0                 # train low-rank matrices beside frozen weights; 0: train the weights
     release_shift: bool = False        # t shifted by H W / 4 at any patch, as the release trains

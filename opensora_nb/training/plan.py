@@ -351,7 +351,7 @@ def job_of(recipe: DiffusionRecipe, name: str = "recipe", gpus: int = 1, clip: t
     """
     known = dict(hunyuan=(HunyuanVAEConfig(), Tiling(256, None)), dcae=(VideoDCAEConfig(), RELEASE), pocket=(pocket_dc_ae(), None))
     if recipe.autoencoder not in known: raise UserError(f"{name}: an autoencoder is one of {', '.join(known)}, not {recipe.autoencoder!r}")
-    (autoencoder, tiling), engine = known[recipe.autoencoder], recipe.engine if recipe.engine != "auto" else "single" if gpus == 1 else "ddp"
+    (autoencoder, tiling), engine = known[recipe.autoencoder], dict(auto="single" if gpus == 1 else "ddp", colossalai="zero2").get(recipe.engine, recipe.engine)
     size = POCKET_SIZES.get(name, (64, 32))
     shapes = _rows_of(recipe.table) if recipe.table else (Shape(*(clip or (size[1], size[0], size[0])), max(1, recipe.loop.batch_size * recipe.context_parallel // gpus)),)
     precision = "fp32" if recipe.loop.precision == "fp32" else "bf16" if engine in ("zero2", "fsdp") else "autocast"          # only where weights are shared is there a second set of them
