@@ -146,6 +146,8 @@ REFUSED = [
     ("train-ae dcae_128_gan --data {given}/clips.safetensors", "name the weights of the first (--init RUN/model"), ("train-ae dcae_256 --data {given}/clips.safetensors", "lpips-vgg needs its weights"),
     ("train-ae dcae_128 --lpips-weights {given}/ae --data {given}/clips.safetensors", "is not LPIPS on VGG16"), ("train-ae pocket_dcae --data {given}/clips.safetensors --adversarial-weight 0.1", "has no discriminator"),
     ("train-ae --image-share 1.5 --data {given}/clips.safetensors", "image_share must be between 0 and 1"), ("train-ae --alignment-stage 3 --data {given}/clips.safetensors", "add --alignment-weight"),
+    ("train-ae --clips 2000 --init {given}/cut/model.safetensors", "cannot read the weights"), ("train-ae --clips 2000 --init {given}/mmdit", "does not fit this autoencoder"), ("train-ae --clips 2000 --size 60", "multiples of 8"),
+    ("train-ae --clips 2000 --alignment-weight 1 --alignment-stage 9", "stages 1 to 4, not 9"),
     ("train --data {given}/nowhere --autoencoder {given}/ae", "no such training data"), ("train --data {given}/clips.safetensors --autoencoder {given}/nowhere", "no weights at"),
     ("train --data {given}/clips.safetensors --autoencoder {given}/ae --steps 0", "steps must be at least 1"), ("train --clips 2000 --autoencoder {given}/ae --init {given}/nowhere", "no weights at"),
     ("train --data {given}/odd.safetensors --autoencoder {given}/ae", "multiples of 8"),

@@ -516,16 +516,19 @@ def oscillation_table(e, tally):
     from opensora_nb.flow.guidance import oscillate
     near([oscillate(e["guidance"], i, e["force_num"]) for i in range(e["steps"])], e["values"], tally)
 
+def in_our_punctuation(text):
+    "The release's suffix: a whole rate without decimals, a comma between the two numbers, a full stop before them unless the caption ends a sentence by itself."
+    text = re.sub(r"(\d[\d.]*) FPS", lambda rate: f"{float(rate[1]):g} FPS", text)
+    text = re.sub(r"(\d FPS)\. (\d+ motion score)", r"\1, \2", text)
+    text = re.sub(r"([!?])\.( [\d.]+ (?:FPS|motion score))", r"\1\2", text)
+    return re.sub(r"([^.!?,]) ([\d.]+ (?:FPS|motion score))", r"\1. \2", text)
+
 def text_table(e, tally):
-    "The release's suffix in our punctuation: a comma between the two numbers, a full stop before them unless the caption ends a sentence by itself."
     from opensora_nb.mmdit.text import decorate
-    def ours(text):
-        text = re.sub(r"(\d FPS)\. (\d+ motion score)", r"\1, \2", text)
-        return re.sub(r"([^.!?]) (\d+ FPS)", r"\1. \2", re.sub(r"([!?])\.( \d+ FPS)", r"\1\2", text))
     motion = float(e["motion_score"])
     for caption, with_fps, with_both in zip(e["in"], e["after_fps"], e["after_motion"], strict=True):
         for made, theirs in ((decorate(caption, e["fps"], None), with_fps), (decorate(caption, e["fps"], motion), with_both)):
-            assert made == ours(theirs)
+            assert made == in_our_punctuation(theirs)
             tally["known differences" if made != theirs else "values"] += 1
 
 def size_table(e, tally):
@@ -637,8 +640,7 @@ def preprocess(fam, section, tally):
         elif "sampling_interval" in e:
             fps, step = sampled_fps(math.nan if e["fps"] is None else e["fps"], e["fps_max"])
             made = decorate(e["text"], fps or None, e["motion"] if e["use_motion"] else None)
-            ours = re.sub(r"([^.!?]) (\d[\d.]* FPS)", r"\1. \2", re.sub(r"(\d+)\.0 FPS", r"\1 FPS", e["out"]))       # a whole rate without decimals, a full stop before it
-            assert (made, step) == (ours, e["sampling_interval"]), e
+            assert (made, step) == (in_our_punctuation(e["out"]), e["sampling_interval"]), e
             tally["known differences" if made != e["out"] else "values"] += 1
         else: cannot_build(f"an entry of preprocess {section!r} with {sorted(e)}")
 

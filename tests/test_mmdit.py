@@ -213,8 +213,9 @@ def test_missing_or_wrong_weights_give_one_line(tmp_path, monkeypatch):
     (tmp_path / "zero.safetensors").write_bytes(b""); (tmp_path / "cut.safetensors").write_bytes(file.read_bytes()[:-1000])
     (tmp_path / "alone").mkdir(); save_file(model.state_dict(), tmp_path / "alone/x.safetensors")
     (tmp_path / "bad").mkdir(); save_file(model.state_dict(), tmp_path / "bad/x.safetensors"); (tmp_path / "bad/config.json").write_text("{hidden_size")
+    (tmp_path / "other").mkdir(); save_file(model.state_dict(), tmp_path / "other/x.safetensors"); (tmp_path / "other/config.json").write_text('{"enc_width": [16]}')
     for where, words in {tmp_path / "none": "no weights at", tmp_path / "empty": "no .safetensors file", tmp_path / "old.pt": "must be a .safetensors", tmp_path / "zero.safetensors": "cannot read",
-                         tmp_path / "cut.safetensors": "cannot read", tmp_path / "alone": "no config.json", tmp_path / "bad": "is not JSON", "nobody-here/nothing": "the hub did not give"}.items():
+                         tmp_path / "cut.safetensors": "cannot read", tmp_path / "alone": "no config.json", tmp_path / "bad": "is not JSON", tmp_path / "other": "beside it is another's", "nobody-here/nothing": "the hub did not give"}.items():
         with pytest.raises(UserError, match=words) as error: MMDiT.from_pretrained(where)
         assert one_line(error)
 

@@ -6,10 +6,11 @@
 __all__ = ['find_weights', 'read_shapes', 'each_weight', 'read_weights', 'read_config', 'load_model', 'save_weights', 'shipped']
 
 # %% ../../nbs/cluster/01_weights.ipynb #afc66a9d
-import json, re
+import json, logging, re
 import opensora_nb
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -44,9 +45,13 @@ def _in_folder(folder: Path, prefer: tuple[str, ...]) -> Path:
 def _from_hub(repo: str, prefer: tuple[str, ...]) -> Path:
     try: from huggingface_hub import hf_hub_download
     except ImportError: raise UserError(f"no file or folder {repo} here, and fetching it from the hub needs `pip install huggingface_hub`") from None
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.ERROR)     # else each attempt without a network is two lines
     try: weights = Path(hf_hub_download(repo, prefer[-1]))
     except Exception as error:      # no network, no such repository, no such file, no permission: the hub has a class for each
-        raise UserError(f"no file or folder {repo} here, and the hub did not give {prefer[-1]}: {' '.join(str(error).split())[:160]}") from None
+        raise UserError(f"no file or folder {repo} here, and the hub did not give {prefer[-1]}: {shorten(str(error), 160, placeholder=' ...')}") from None
+    finally: log.setLevel(level)
     try: hf_hub_download(repo, "config.json")
     except Exception: pass          # beside the weights if it exists; shapes tell the rest
     return weights
@@ -119,7 +124,9 @@ def load_model(cls: type[torch.nn.Module], path_or_repo: str | Path, cfg: Any, c
     there = read_shapes(path)
     try:
         if cfg is None: cfg = config(found or {}) if (found := read_config(path, needs)) or not guess else guess(there)
-        if cfg is None: raise UserError(f"no config.json beside {path}, and its shapes are not a published {what}'s: add the config.json it was saved with")
+        if cfg is None:
+            beside = "the config.json beside it is another's" if path.with_name("config.json").is_file() else "there is no config.json beside it"
+            raise UserError(f"{path} has not the shapes of a published {what}, and {beside}: another model's weights, or add the config.json that they were saved with")
         with torch.device("meta"): model = cls(cfg)
     except (TypeError, ValueError) as e: raise UserError(f"{path.with_name('config.json')} does not describe this {what}: {e}") from e
     wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}

@@ -101,10 +101,11 @@ def _alignment(cfg: Config, recipe: AutoencoderRecipe):
 # %% ../../nbs/commands/03_train_ae.ipynb #a6f30545
 def run(cfg: Config) -> int:
     "Trains, prints the held-out PSNR and where the weights are."
-    from opensora_nb.training.autoencoder import mean_psnr, pocket_dcae, pocket_f16, train_autoencoder
+    from opensora_nb.training.autoencoder import mean_psnr, pocket_dcae, pocket_f16, starting_model, train_autoencoder
     recipe, run = asked_recipe(cfg), cfg.out / (cfg.name or cfg.recipe)
     kind = "autoencoder" if recipe.model == pocket_dcae().model else "autoencoder-f16" if recipe.model == pocket_f16() else cfg.recipe
     start = cfg.start_from(kind)
+    starting_model(recipe, start)                # what does not fit is said now, and not when clips have been rendered
     frames = max(32, recipe.num_frames)
     clips, held_out = cfg.training_clips(recipe.size, frames), cfg.held_out_clips(recipe.size, frames)
     model = train_autoencoder(clips, held_out, recipe, run, start)

@@ -6,7 +6,7 @@
 __all__ = ['RECIPES', 'AutoencoderRecipe', 'dcae_128', 'dcae_256', 'dcae_128_gan', 'dcae_256_gan', 'pocket_dcae', 'pocket_f16',
            'pocket_dcae_f16', 'pocket_dcae_gan', 'pocket_hunyuan', 'pocket_hunyuan_residual', 'to_video', 'window',
            'training_batch', 'autoencoder_loss', 'reconstruct', 'mean_psnr', 'latent_scale', 'draw_reconstructions',
-           'train_autoencoder']
+           'starting_model', 'train_autoencoder']
 
 # %% ../../nbs/training/01_autoencoder.ipynb #f0d92ec5
 from dataclasses import asdict, dataclass, replace
@@ -173,17 +173,32 @@ def draw_reconstructions(model: nn.Module, clips, path: Path, frames: int = 6):
 # %% ../../nbs/training/01_autoencoder.ipynb #293ef730
 def _class(cfg: VideoDCAEConfig | HunyuanVAEConfig) -> type[VideoDCAE | HunyuanVAE]: return VideoDCAE if isinstance(cfg, VideoDCAEConfig) else HunyuanVAE
 
-def _check(model: nn.Module, cache: ClipCache, recipe: AutoencoderRecipe) -> None:
-    "UserError where clips, recipe and model do not fit."
-    T, H, W = cache.clips.shape[1:4]
-    longest = max(recipe.num_frames, recipe.images_per_clip)
-    if T < longest: raise UserError(f"clips of {T} frames are too short, the recipe takes {longest} from each: give longer ones")
+def starting_model(recipe: AutoencoderRecipe, start: str | Path | None = None) -> nn.Module:
+    """What training begins with: random weights by the recipe's seed, or those at `start` (their config counts).
+
+    Raises UserError where weights, recipe and model do not fit. That needs no clips, so the command asks before it renders any.
+    """
+    torch.manual_seed(recipe.loop.seed)
+    model = _class(recipe.model).from_pretrained(start) if start else _class(recipe.model)(recipe.model)
     if model.causal and (recipe.num_frames - 1) % model.temporal_compression:
         raise UserError(f"a causal autoencoder is trained on {model.temporal_compression}k + 1 frames: num_frames {recipe.num_frames} would leave some out")
-    try: model.latent_shape(recipe.num_frames, H, W)
-    except ValueError as e: raise UserError(f"this autoencoder cannot take the clips ({cache.origin}): {e}") from e
     if recipe.loss.kl_weight and not hasattr(model, "posterior"): raise UserError("kl_weight needs an autoencoder with a posterior, the Video DC-AE has none: set it to 0")
+    if recipe.alignment:
+        try: model.feature_channels(recipe.alignment.stage)
+        except ValueError as e: raise UserError(f"no such alignment: {e}") from e
+    _check_size(model, recipe, recipe.size, recipe.size, "the recipe's size")
+    return model
+
+def _check_size(model: nn.Module, recipe: AutoencoderRecipe, H: int, W: int, origin: str) -> None:
+    try: model.latent_shape(recipe.num_frames, H, W)
+    except ValueError as e: raise UserError(f"this autoencoder cannot take the clips ({origin}): {e}") from e
     if recipe.adversarial and min(H, W) < 2 ** recipe.adversarial.layers: raise UserError(f"clips of {H} x {W} pixels are too small for a discriminator of {recipe.adversarial.layers} layers: give it fewer")
+
+def _check_clips(model: nn.Module, cache: ClipCache, recipe: AutoencoderRecipe) -> None:
+    "UserError where the clips are not what recipe and model take."
+    (T, H, W), longest = cache.clips.shape[1:4], max(recipe.num_frames, recipe.images_per_clip)
+    if T < longest: raise UserError(f"clips of {T} frames are too short, the recipe takes {longest} from each: give longer ones")
+    _check_size(model, recipe, H, W, cache.origin)
 
 # %% ../../nbs/training/01_autoencoder.ipynb #d3952d83
 def train_autoencoder(cache: ClipCache, held_out: ClipCache, recipe: AutoencoderRecipe, run: str | Path, start: str | Path | None = None, quiet: bool = False,
@@ -196,9 +211,8 @@ def train_autoencoder(cache: ClipCache, held_out: ClipCache, recipe: Autoencoder
     engine = engine or Engine()
     if engine.kind not in ("single", "ddp"): raise UserError(f"an autoencoder is trained on one process or on copies (ddp), not on shards ({engine.kind}): its weights fit anywhere, see section 6.1 for what does not")
     device = engine.device
-    torch.manual_seed(recipe.loop.seed)
-    model = _class(recipe.model).from_pretrained(start) if start else _class(recipe.model)(recipe.model)
-    _check(model, cache, recipe)
+    model = starting_model(recipe, start)
+    _check_clips(model, cache, recipe)
     optimize(model, device).checkpoint_blocks(recipe.checkpointing)
     perceptual = make_perceptual(recipe.loss)
     if perceptual is not None: perceptual.to(device)
