@@ -242,7 +242,7 @@ ROWS = "[...document.querySelectorAll('.os-screen')].map(e => e.dataset.row)"
 @pytest.mark.slow
 @needs_browser
 def test_the_served_page_answers_to_keys_and_hands(collection, tmp_path):
-    code = "import sys; from pathlib import Path; from opensora_nb.data.explorer import *; path = Path(sys.argv[1]); serve_explorer(ExploreConfig(path, path.parent / 'footage', path.parent / 'levels.csv', out=sys.argv[2], port=int(sys.argv[3]), browser=False))"
+    code = "import sys; from pathlib import Path; from opensora_nb.data.explorer import *; path = Path(sys.argv[1]); serve_explorer(ExploreConfig(path, path.parent / 'footage', path.parent / 'levels.csv', out=sys.argv[2], port=int(sys.argv[3]), token='', browser=False))"
     with served(lambda port: [sys.executable, "-c", code, str(collection), str(tmp_path / "out"), str(port)], tmp_path / "voila.log", "/voila/static/voila.js") as address, browser(1280, 1000) as (page, complaints):
         page.goto(address, wait_until="commit", timeout=120_000)
         page.wait_for_function("[...document.querySelectorAll('.os-screen video')].filter(v => v.readyState >= 2 && !v.paused).length == 5", timeout=120_000)

@@ -284,7 +284,7 @@ def press(page, key):
 @needs_browser
 def test_ten_pairs_are_rated_by_keys_with_a_reload_on_the_way(home, study, tmp_path):
     answers, wanted, rng, frames, refused = tmp_path / "answers.jsonl", {}, random.Random(0), [], []
-    code = "import sys; from pathlib import Path; from opensora_nb.evaluation.preference_room import *; serve_preference(PreferenceConfig((f'alphamodel={sys.argv[1]}/alphamodel', f'betamodel={sys.argv[1]}/betamodel'), Path(sys.argv[2]), port=int(sys.argv[3]), browser=False))"
+    code = "import sys; from pathlib import Path; from opensora_nb.evaluation.preference_room import *; serve_preference(PreferenceConfig((f'alphamodel={sys.argv[1]}/alphamodel', f'betamodel={sys.argv[1]}/betamodel'), Path(sys.argv[2]), port=int(sys.argv[3]), token='', browser=False))"
     keys = {"left": ("1", "ArrowLeft"), "tie": ("2", "ArrowDown"), "right": ("3", "ArrowRight")}
     seen = order(study, "ann b")
     def rate_pair(page, k, by=0):

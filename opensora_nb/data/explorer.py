@@ -8,7 +8,7 @@ __all__ = ['TECHNICAL', 'SCALES', 'BINS', 'FIELD_WORDS', 'judgeable', 'Scale', '
            'open_explorer', 'explore', 'ExploreConfig', 'page_code', 'serve_explorer']
 
 # %% ../../nbs/data/23_explorer.ipynb #a39880a2
-import json, math, os, signal, subprocess, sys, tempfile, threading
+import json, math, os, tempfile, threading
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..cluster.files import UserError, existing
 from .filters import FilterConfig
 from .manifest import REASONS, read_manifest, read_release_table
 from .pyramid import LEVELS, RULES, Level, check_levels, export_level, read_levels, write_levels
-from .room import Latest, inside, label, media_tag, preview, style_tag, tipped, voila_command, widgets, write_page
+from .room import Latest, PageConfig, inside, label, media_tag, preview, serve_pages, style_tag, tipped, widgets, write_page
 from .video import VideoError
 
 # %% ../../nbs/data/23_explorer.ipynb #c003c670
@@ -655,16 +655,13 @@ def explore(manifest: str | Path, sources: str | Path | None = None, levels: str
 
 # %% ../../nbs/data/23_explorer.ipynb #375c3a0f
 @dataclass(frozen=True)
-class ExploreConfig:
+class ExploreConfig(PageConfig):
     "The explorer as a page of its own, on this machine."
     manifest: Path                   # curated folder, manifest (.parquet) or training table (.csv, .parquet)
     sources: Path | None = None      # the footage that was curated; with it rejected clips play, too
     levels: Path | None = None       # table of levels (.csv) or an export's thresholds (.json) to begin with
     root: Path | None = None         # folder that the clips' paths must not lead out of; the table's own where not given
     out: Path | None = None          # folder of exports; `explored` beside the table where not given
-    port: int = 8866                 # of http://127.0.0.1
-    dark: bool = False               # light ink on dark ground
-    browser: bool = True             # open it in the browser
 
 def page_code(cfg: ExploreConfig) -> str:
     "The cell of the page: absolute paths, for the page lies elsewhere."
@@ -675,9 +672,4 @@ def serve_explorer(cfg: ExploreConfig) -> int:
     "Serves the room until Ctrl-C; returns 0, or Voila's own exit status. UserError, before anything is served, for whatever is wrong with the manifest."
     widgets(); open_explorer(cfg.manifest, cfg.sources, cfg.levels, cfg.root)
     with tempfile.TemporaryDirectory() as temporary:
-        page = write_page(Path(temporary) / "explorer.ipynb", page_code(cfg), "Explorer")
-        server = subprocess.Popen(voila_command(page, cfg.port, cfg.dark, cfg.browser))
-        if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))      # the page must not outlive its command
-        try: return server.wait()
-        except KeyboardInterrupt: return 0
-        finally: server.terminate(); server.wait()
+        return serve_pages(write_page(Path(temporary) / "explorer.ipynb", page_code(cfg), "Explorer"), cfg)

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['SCRIPT', 'LOOKS', 'nameless', 'PreferenceRoom', 'patch', 'PreferenceConfig', 'write_study', 'rate', 'page_code',
-           'preference_command', 'serve_preference']
+           'serve_preference']
 
 # %% ../../nbs/evaluation/04_preference_room.ipynb #bb226491
-import base64, io, json, os, secrets, signal, subprocess, sys, tempfile, threading, time
+import base64, io, json, os, secrets, tempfile, threading, time
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 from ..cluster.files import UserError
-from ..data.room import Latest, label, style_tag, tipped, voila_command, widgets, write_page
+from ..data.room import FAREWELL, Latest, PageConfig, label, serve_pages, style_tag, tipped, widgets, write_page
 from ..data.video import VideoError, decode, open_video, probe, write_video
 from .preference import ANSWERS, QUESTIONS, AnswerFile, Pair, Study, open_study, order, read_answers
 
@@ -49,8 +49,7 @@ SCRIPT = """
   const name = NAME, alone = ALONE, room = () => document.querySelector('.' + name);
   if (window[name]) return;
   window[name] = true;
-  const beacon = navigator.sendBeacon.bind(navigator), secret = () => document.cookie.split('; ').find(c => c.startsWith('_xsrf='))?.slice(6);
-  if (alone) navigator.sendBeacon = (url, data) => !String(url).includes('/voila/api/shutdown/') ? beacon(url, data) : secret() ? beacon(url + '?_xsrf=' + encodeURIComponent(secret()), data) : true;
+  FAREWELL
   const keys = {'1': 'left', ArrowLeft: 'left', '2': 'tie', ArrowDown: 'tie', '3': 'right', ArrowRight: 'right', Backspace: 'back', r: 'again', R: 'again'};
   const clips = () => [...(room()?.querySelectorAll('video') ?? [])];
   const ready = v => v.length == 2 && v.map(x => x.seen ||= x.readyState >= 2 || x.error != null).every(Boolean);     // once seen, always: a clip that jumps to its start has no picture for a moment
@@ -151,7 +150,7 @@ class PreferenceRoom:
     def _ipython_display_(self) -> None:
         from IPython.display import Javascript, display
         display(self.ui)
-        display(Javascript(SCRIPT.replace("NAME", json.dumps(self._name), 1).replace("ALONE", json.dumps(self.page), 1)))
+        display(Javascript(SCRIPT.replace("NAME", json.dumps(self._name), 1).replace("ALONE", json.dumps(self.page), 1).replace("FAREWELL", FAREWELL, 1)))
 
     def settle(self, seconds: float = 60.0) -> bool:
         "Waits until the clips are there."
@@ -294,16 +293,14 @@ def _leave_out(self: PreferenceRoom, pair: Pair, error: UserError) -> None:
 
 # %% ../../nbs/evaluation/04_preference_room.ipynb #e5253fa4
 @dataclass(frozen=True)
-class PreferenceConfig:
+class PreferenceConfig(PageConfig):
     "A blinded comparison as a page of its own, on this machine."
     sets: tuple[str, ...]                                  # NAME=FOLDER for each set of clips, or NAME=TABLE (.csv, .json); the first is compared with the others
     answers: Path = Path("preference.jsonl")               # file that gets the answers, a line each
     every: bool = False                                    # compare every two sets
     seed: int = 0                                          # of order and sides
     rater: str | None = None                               # name of the one rater; without it each visitor is asked
-    port: int = 8867                                       # of http://127.0.0.1
-    dark: bool = False                                     # light ink on dark ground
-    browser: bool = True                                   # open it in the browser
+    port: int = field(default=8867, kw_only=True)          # of the address
 
     @property
     def named(self) -> dict[str, str]:
@@ -327,10 +324,6 @@ def rate(path: str | Path, page: bool = True) -> PreferenceRoom:
 def page_code(path: str | Path) -> str: return f"from opensora_nb.evaluation.preference_room import rate\nrate({str(path)!r})"
 
 # %% ../../nbs/evaluation/04_preference_room.ipynb #88b2a5e2
-def preference_command(page: Path, cfg: PreferenceConfig) -> list[str]:
-    "Voila's command for the page: large clips pass, which Jupyter's limit of a megabyte a second would drop, and kernels that have had no page for half an hour end."
-    return [*voila_command(page, cfg.port, cfg.dark, cfg.browser), "--ZMQChannelsWebsocketConnection.limit_rate=False", "--MappingKernelManager.cull_idle_timeout=1800", "--MappingKernelManager.cull_interval=60"]
-
 def serve_preference(cfg: PreferenceConfig) -> int:
     "Serves the room until Ctrl-C and says what is skipped and, at the end, the results; returns 0, or Voila's own exit status. UserError, before anything is served, for whatever is wrong with clips or answers."
     from opensora_nb.evaluation.preference import report
@@ -340,10 +333,6 @@ def serve_preference(cfg: PreferenceConfig) -> int:
     print("\n".join([f"{pairs} pairs of {two}" for two, pairs in study.alone.items()] + [f"skipped: {why}" for why in study.skipped.values()]), flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         page = write_page(Path(temporary) / "preference.ipynb", page_code(write_study(Path(temporary) / "study.json", cfg)), "Which clip is better?")
-        server = subprocess.Popen(preference_command(page, cfg))
-        if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))      # the page must not outlive its command
-        try: return server.wait()
-        except KeyboardInterrupt: return 0
+        try: return serve_pages(page, cfg)
         finally:
-            server.terminate(); server.wait()
             if cfg.answers.exists(): print(report(study, read_answers(study, cfg.answers)))

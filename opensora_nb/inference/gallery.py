@@ -7,7 +7,7 @@ __all__ = ['NOTCHES', 'PREVIEWS', 'SHOWN', 'Wish', 'Kept', 'distance', 'Gallery'
            'xray']
 
 # %% ../../nbs/inference/10_gallery.ipynb #40cf1d9d
-import base64, hashlib, json, math, shlex, time
+import base64, hashlib, json, math, re, shlex, shutil, time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
@@ -105,11 +105,21 @@ def distance(a: Wish, b: Wish) -> float:
 class Gallery:
     "Clips that were made, in a folder. Several processes may use one; broken or strange files are left alone and not listed."
     def __init__(self, folder: str | Path):
-        self.folder, self._read = Path(folder), {}
+        self.folder, self._read, self._guests = Path(folder), {}, {}
         if self.folder.exists() and not self.folder.is_dir(): raise UserError(f"{folder} is a file: name a folder for the clips")
 
     @property
     def pictures(self) -> Path: return self.folder / "pictures"
+
+    @property
+    def near(self) -> "Gallery":
+        "Clips that nobody has asked for yet: neighbours of such as were, for everybody."
+        return self._guests.setdefault("", Gallery(self.folder / "near"))
+
+    def guest(self, name: str) -> "Gallery":
+        "A visitor's own part. UserError for a name of other signs than a to z, 0 to 9 and -."
+        if not isinstance(name, str) or not re.fullmatch("[a-z0-9-]{1,40}", name): raise UserError(f"a guest's name has letters and digits, not {str(name)[:40]!r}")
+        return self._guests.setdefault(name, Gallery(self.folder / "guests" / name))
 
     def add_picture(self, source: Any) -> str:
         "Keeps a picture (path, array, PIL image, tensor) and returns its name. UserError for what is none."
@@ -127,13 +137,27 @@ class Gallery:
 
     def keep(self, frames: np.ndarray, wish: Wish, settings: Mapping[str, Any], seconds: float, fps: float = 24, states: Sequence[Tensor] = ()) -> Kept:
         "Writes uint8 frames `(T, H, W, 3)`, their wish and other settings, and the states `(C, T', H', W')` of the walk; whole, or nothing."
-        now = datetime.now(timezone.utc)
-        path = self.folder / "clips" / f"{now:%Y%m%d-%H%M%S-%f}-{wish.key}.mp4"
+        now, path = datetime.now(timezone.utc), self._place(wish)
         if states:
             from safetensors.torch import save_file
             with whole(path.with_suffix(".safetensors")) as file: save_file({"states": torch.stack([s.detach().cpu() for s in states]).half()}, file)
         write_clip(path, frames, dict(settings) | dict(wish=asdict(wish), made=now.isoformat(timespec="seconds"), seconds=round(seconds, 3)), fps)
         return Kept(path, wish, now.isoformat(timespec="seconds"), round(seconds, 3))
+
+    def _place(self, wish: Wish) -> Path: return self.folder / "clips" / f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S-%f}-{wish.key}.mp4"
+
+    def adopt(self, kept: Kept) -> Kept:
+        "A copy of another gallery's clip, as the newest here."
+        path = self._place(kept.wish)
+        for suffix in (".safetensors", ".mp4", ".json"):                       # the list goes by the last one
+            if (source := kept.path.with_suffix(suffix)).is_file():
+                with whole(path.with_suffix(suffix)) as file: shutil.copyfile(source, file)
+        return replace(kept, path=path)
+
+    def thin(self, most: int) -> None:
+        "Removes the oldest clips but `most`."
+        for kept in self.list()[most:]:
+            for suffix in (".json", ".mp4", ".safetensors"): kept.path.with_suffix(suffix).unlink(missing_ok=True)
 
     def list(self) -> list[Kept]:
         "All clips, the newest first."
@@ -170,17 +194,19 @@ def decoded_frames(pipeline: AnyToVideo, latent: Tensor, at: Sequence[int]) -> n
     video = pipeline.sampler.decode(many, replace(pipeline.usual, num_frames=1))
     return ((video[:, :, 0] + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
-def clip_maker(pipeline: AnyToVideo, gallery: Gallery, previews: Sequence[int] = PREVIEWS) -> Callable[..., dict]:
+def clip_maker(pipeline: AnyToVideo, gallery: Gallery, previews: Sequence[int] = PREVIEWS, most_near: int = 60) -> Callable[..., dict]:
     """What a `Workshop` makes: of a request `dict(wish={...})` a clip in the gallery; the visitor is told `step` (done, steps), `preview` (strip: JPEG in base64) and at the end clip (its file's name) and cached.
 
-    A wish that is there already is answered at once. `dict(xray=name of a clip, step=, frame=)` looks into a step instead, see `xray`.
+    A wish that is there already is answered at once. `guest` names the part of the gallery; `ahead`: nobody has asked yet, the clip goes to the `near` ones, of which the last `most_near` stay. `dict(xray=name of a clip, step=, frame=)` looks into a step instead, see `xray`.
     """
     def make(request: Mapping[str, Any], tell: Callable[..., None], work: Work) -> dict[str, Any]:
-        if "xray" in request: return look_into(request, work)
+        mine, ahead = gallery.guest(request["guest"]) if "guest" in request else gallery, request.get("ahead") is True
+        if "xray" in request: return look_into(request, work, mine)
         wish = Wish.of(request.get("wish", {}))
-        if kept := gallery.find(wish): return dict(clip=kept.path.name, cached=True)
+        if kept := mine.find(wish): return dict(clip=kept.path.name, cached=True)
+        if kept := gallery.near.find(wish): return dict(clip=(kept if ahead else _kept(lambda: mine.adopt(kept))).path.name, cached=True)
         cfg, began = wish.sample(pipeline), time.perf_counter()
-        kind, refs = ("t2v", []) if wish.picture is None else ("i2v_head", [gallery.picture(wish.picture)])
+        kind, refs = ("t2v", []) if wish.picture is None else ("i2v_head", [mine.picture(wish.picture)])
         states, pixels = [], given_pixels(kind, refs, (cfg.height, cfg.width), pipeline.sampler.autoencoder.causal, pipeline.sampler.autoencoder.temporal_compression, cfg.fps)
 
         def seen(step: int, t: float, x: Tensor, v: Tensor) -> None:
@@ -196,15 +222,20 @@ def clip_maker(pipeline: AnyToVideo, gallery: Gallery, previews: Sequence[int] =
             return SOLVERS[cfg.solver](in_turn, noise, ts, callback=seen, kinds=[s.passes for s in guidance_plan(cfg.guidance, cfg.steps, noise.shape[2], bool(pixels))])
 
         clips = generate(pipeline, wish.prompt, kind, pixels, cfg, [wish.seed], refs, solver=walk)
-        kept = gallery.keep(clips.frames[0], wish, clips.settings[0], time.perf_counter() - began, clips.fps, states)
+        kept = _kept(lambda: (gallery.near if ahead else mine).keep(clips.frames[0], wish, clips.settings[0], time.perf_counter() - began, clips.fps, states))
+        if ahead: gallery.near.thin(most_near)
         return dict(clip=kept.path.name, cached=False)
 
-    def look_into(request: Mapping[str, Any], work: Work) -> dict[str, Any]:
-        kept = next((k for k in gallery.list() if k.path.name == request["xray"]), None)
+    def look_into(request: Mapping[str, Any], work: Work, mine: Gallery) -> dict[str, Any]:
+        kept = next((k for part in (mine, gallery.near) for k in part.list() if k.path.name == request["xray"]), None)
         if kept is None: raise UserError("the gallery has no such clip")
-        with work.step(): found = xray(pipeline, gallery, kept, int(request.get("step", 0)), int(request.get("frame", 0)))
+        with work.step(): found = xray(pipeline, mine, kept, int(request.get("step", 0)), int(request.get("frame", 0)))
         return dict(xray={name: picture_bytes(p) for name, p in found["pictures"].items()}, **{k: v for k, v in found.items() if k != "pictures"})
     return make
+
+def _kept(keep: Callable[[], Kept]) -> Kept:
+    try: return keep()
+    except OSError as error: raise UserError(f"the clip is made, but could not be kept: {error.strerror or error}; make room on the disk and ask again") from error
 
 # %% ../../nbs/inference/10_gallery.ipynb #c0a51ef5
 SHOWN = {"nothing": (0.0, 0.0), "the image": (0.0, 1.0), "text and image": (1.0, 1.0)}      # guidance scales (text, image) that leave one pass

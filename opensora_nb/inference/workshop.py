@@ -7,7 +7,7 @@ __all__ = ['Turns', 'Work', 'Make', 'Desk', 'Workshop', 'Visitor']
 
 # %% ../../nbs/inference/09_workshop.ipynb #630cd0a1
 import json, os, secrets, socket, sys, threading, time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,8 +19,15 @@ from ..flow.solver import Cancelled
 
 # %% ../../nbs/inference/09_workshop.ipynb #da9e3306
 class Turns:
-    "A lock that is given in the order in which it was asked for: `with turns: ...`"
-    def __init__(self): self._waiting, self._lock, self._held = deque(), threading.Lock(), False
+    "A lock that is given in the order in which it was asked for: `with turns: ...`; and a note of what is under way, by level: 0 is what somebody waits for, higher ones have time."
+    def __init__(self): self._waiting, self._lock, self._held, self._under_way = deque(), threading.Lock(), False, Counter()
+
+    def note(self, level: int, more: int) -> None:
+        with self._lock: self._under_way[level] += more
+
+    def ahead(self, level: int) -> bool:
+        "Whether something more pressing is under way."
+        with self._lock: return any(n for other, n in self._under_way.items() if other < level)
 
     def __enter__(self) -> "Turns":
         with self._lock:
@@ -42,6 +49,7 @@ class Work:
     request: Mapping[str, Any]
     turns: Turns
     stop: threading.Event = field(default_factory=threading.Event)
+    level: int = 0                               # 0: somebody waits for it; 1, 2: goes on only while nothing of a lower level is under way
     began: float = 0.0
 
     def cancelled(self) -> bool: return self.stop.is_set()
@@ -49,6 +57,7 @@ class Work:
     @contextmanager
     def step(self) -> Iterator[None]:
         "A turn; Cancelled is raised in its place when nobody wants the result any more."
+        while not self.cancelled() and self.turns.ahead(self.level): time.sleep(0.02)
         if self.cancelled(): raise Cancelled("cancelled")
         with self.turns: yield
 
@@ -71,7 +80,8 @@ class Desk:
         "Takes a request and returns its number at once. It takes the place of the one that waits; with `instead` the one under way is cancelled, too."
         with self._lock:
             self._count += 1
-            work, old, start = Work(self._count, request, self._turns), self._next, self._now is None
+            level = request.get("level")
+            work, old, start = Work(self._count, request, self._turns, level=level if level in (1, 2) else 0), self._next, self._now is None
             if instead and self._now: self._now.stop.set()
             if start: self._now = work; self.idle.clear()
             else: self._next = work
@@ -79,6 +89,12 @@ class Desk:
         self._tell(work, "waiting", others=self._others())
         if start: threading.Thread(target=self._run, daemon=True).start()
         return work.number
+
+    @property
+    def pressing(self) -> bool:
+        "Whether somebody waits for what is under way."
+        work = self._now
+        return work is not None and work.level == 0
 
     def cancel(self) -> None:
         "Forgets what waits, and ends what is under way at its next step."
@@ -100,12 +116,14 @@ class Desk:
         while (work := self._now) is not None:
             work.began = time.monotonic()
             self._tell(work, "began")
+            self._turns.note(work.level, 1)
             try:
                 if work.cancelled(): raise Cancelled("cancelled")
                 made = self._make(work.request, lambda event, **more: self._tell(work, event, **more), work)
                 self._tell(work, "done", seconds=round(time.monotonic() - work.began, 3), **made)
             except Cancelled: self._tell(work, "cancelled")
             except Exception as error: self._tell(work, "failed", why=" ".join((str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}").split())[:500])
+            finally: self._turns.note(work.level, -1)
             with self._lock:
                 self._now, self._next = self._next, None
                 if self._now is None: self.idle.set()
@@ -144,7 +162,7 @@ class Workshop:
         lock = threading.Lock()
         def tell(event: dict) -> None:
             with lock: _send(connection, event)
-        desk = Desk(self.make, self.turns, tell, lambda: sum(not d.idle.is_set() for d in self.desks if d is not desk))
+        desk = Desk(self.make, self.turns, tell, lambda: sum(d.pressing for d in list(self.desks) if d is not desk))
         self.desks.add(desk)
         try:
             tell(dict(event="welcome", **self.about))
