@@ -14,10 +14,6 @@ from pathlib import Path
 from typing import Any
 import numpy as np
 from ..cluster.files import UserError
-from ..data.room import label
-from ..data.scores import motion_score
-from ..data.video import decode, resize_crop
-from ..data.world import rgb_luma
 from .gallery import Kept, Wish
 from .given import read_picture
 
@@ -47,6 +43,7 @@ MEASURES = {"motion": "measured motion, grey levels a frame", "first_frame": "fi
 
 def flicker(frames: np.ndarray) -> float:
     "Grey levels by which places change and change back from frame to frame of `(T, H, W, 3)`, uint8: root of the product of two neighbouring changes where they have different signs; 0 for fewer than three frames."
+    from opensora_nb.data.world import rgb_luma
     if len(frames) < 3: return 0.0
     luma = rgb_luma(frames).astype(np.float32)
     T, H, W = luma.shape
@@ -57,6 +54,7 @@ def flicker(frames: np.ndarray) -> float:
 
 def first_frame(frames: np.ndarray, picture: Any) -> float:
     "PSNR in dB, at most 60, of the first of the frames against a picture, scaled and cropped as the sampler does."
+    from opensora_nb.data.video import resize_crop
     wanted = resize_crop(read_picture(picture)[None], frames.shape[1:3])[0]
     error = float(np.square(frames[0].astype(np.float32) - wanted).mean())
     return 60.0 if error < 0.065 else 10 * math.log10(255**2 / error)
@@ -65,6 +63,8 @@ Adherence = Callable[[np.ndarray, str], float | None]      # (frames, prompt) ->
 
 def measure(frames: np.ndarray, picture: Any = None, prompt: str = "", adherence: Adherence | None = None) -> dict[str, float | None]:
     "What can be measured of frames `(T, H, W, 3)`, uint8: a number for each of MEASURES, or None."
+    from opensora_nb.data.scores import motion_score
+    from opensora_nb.data.world import rgb_luma
     return dict(motion=motion_score(rgb_luma(frames)) if len(frames) > 1 else 0.0, first_frame=None if picture is None else first_frame(frames, picture), flicker=flicker(frames),
                 prompt=None if adherence is None else adherence(frames, prompt))
 
@@ -117,6 +117,7 @@ def sweep(cells: Sequence[Cell], make: Callable[[Wish], Kept | None], look: Call
 
 def measured(kept: Kept, pictures: Callable[[str], Path], adherence: Adherence | None = None) -> dict[str, float | None]:
     "`measure` of a clip of a gallery; pictures: where a picture of this name is."
+    from opensora_nb.data.video import decode
     return measure(decode(kept.path), None if kept.wish.picture is None else pictures(kept.wish.picture), kept.wish.prompt, adherence)
 
 # %% ../../nbs/inference/11_sweeps.ipynb #d891a8f6
@@ -125,7 +126,7 @@ INKS = ("#159a86", "#e0602f", "#4a6fe3", "#b0479a", "#8a7a1f", "#5a6673")
 def chart(axes: Sequence[Axis], cells: Sequence[Cell]) -> str:
     "HTML: a chart of each measure that some cell has. cells: in the order of `grid`."
     xs, lines = axes[0].values, axes[1].values if len(axes) > 1 else [None]
-    legend = "".join(f'<span style="color:{INKS[j % 6]};margin-right:10px">&#9679; {label(KNOBS[axes[1].knob].title)} {v:g}</span>' for j, v in enumerate(lines)) if len(axes) > 1 else ""
+    legend = "".join(f'<span style="color:{INKS[j % 6]};margin-right:10px">&#9679; {KNOBS[axes[1].knob].title} {v:g}</span>' for j, v in enumerate(lines)) if len(axes) > 1 else ""
     drawn = "".join(_graph(axes[0], xs, [[cells[i * len(lines) + j].measures.get(name) for i in range(len(xs))] for j in range(len(lines))], words, name == "motion" and axes[0].knob == "motion_score") for name, words in MEASURES.items())
     return f'<div class="os-num" style="font-size:12px">{legend}</div><div style="display:grid;grid-template-columns:repeat(auto-fit,minmax(min(230px,100%),1fr));gap:10px">{drawn}</div>'
 

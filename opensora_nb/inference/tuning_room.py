@@ -154,7 +154,7 @@ class TuningRoom:
         self.about, self._name = dict(num_frames=32, steps=30, height=64, width=64), f"os-tune-{secrets.token_hex(6)}"
         self._lock, self._setting, self._visitors, self._jobs, self._asked = threading.RLock(), False, {}, {}, {}
         self._moved_at, self._steps_at, self._page, self._past, self._closed = 0.0, [], 0, [], threading.Event()
-        self._numbers, self._thumbs, self._listed, self._answers, self._wanted, self._pictured = OrderedDict(), OrderedDict(), [], {}, None, None
+        self._numbers, self._thumbs, self._listed, self._answers, self._wanted, self._pictured = OrderedDict(), OrderedDict(), [], {}, [], None
         self._sweep: list[Cell] = []; self._axes: list[Axis] = []; self._stop, self._sweeping = threading.Event(), False
         self.now = "A"; self.sides = self._restored()
         self._looks, self._asks, self._saves = Latest(self._look, self._failed), Latest(self._ask_now, self._failed, pause=0.05), Latest(self._save, self._failed, pause=0.3)
@@ -483,15 +483,19 @@ def _ask(self: TuningRoom, name: str, by_hand: bool = True) -> None:
     wish = self.sides[name].wish
     check_prompt(wish.prompt)
     if any(job[:2] == (name, wish) for job in self._jobs.values()) or self.gallery.find(wish): self._looks.put(); return
-    if (visitor := self._visitors.get("make")) is None:
-        self._wanted = name
+    visitor = self._visitors.get("make")
+    if visitor is None or self._jobs: self._wanted = [*(n for n in self._wanted if n != name), name]
+    if visitor is None:
         if by_hand or not self.status.value: self._say("The model is being loaded; the clip follows.")
         self._connects.put(); return
+    if self._jobs:                                                            # one at a time; the next begins when this one has ended
+        if all(job[0] == name for job in self._jobs.values()): visitor.cancel()
+        self._goes(); return
     request = dict(wish=asdict(wish), **self._part())
     number = self._asked["make"] = self._asked.get("make", 0) + 1
     self._jobs[number] = (name, wish, 0, wish.steps)
     self._steps_at = []
-    visitor.ask(request, instead=all(job[0] == name for job in self._jobs.values()))
+    visitor.ask(request)
     self._goes()
 
 @patch
@@ -499,8 +503,8 @@ def _part(self: TuningRoom) -> dict: return {} if self.guest is None else dict(g
 
 @patch
 def _cancel(self: TuningRoom) -> None:
+    self._wanted = []
     if visitor := self._visitors.get("make"): visitor.cancel()
-    self._wanted = None
 
 @patch
 def _heard_make(self: TuningRoom, event: Mapping[str, Any]) -> None:
@@ -521,7 +525,14 @@ def _heard_make(self: TuningRoom, event: Mapping[str, Any]) -> None:
             if kind == "failed": self._say(event["why"], bad=True)
             if kind == "done": self._say("")
             self._looks.put(); self._strips.put()
+            self._next()
     self._goes()
+
+@patch
+def _next(self: TuningRoom) -> None:
+    "Asks for what waited."
+    waiting, self._wanted = self._wanted, []
+    for name in waiting: self._do(lambda: self._ask(name))
 
 @patch
 def _goes(self: TuningRoom) -> None:
@@ -531,7 +542,7 @@ def _goes(self: TuningRoom) -> None:
         else:
             (name, _, done, steps), at = next(iter(self._jobs.values())), self._steps_at
             left = f" · about {(at[-1] - at[1]) / (len(at) - 2) * (steps - done):.0f} s left" if len(at) > 3 else ""
-            more = " · 1 more waits" if len(self._jobs) > 1 else ""
+            more = f" · then {' and '.join(self._wanted)}" if self._wanted else ""
             html = f'<div class="os-goes os-num" data-jobs="{len(self._jobs)}"><div class="os-bar" role="progressbar" aria-label="steps of clip {name}" aria-valuemin="0" aria-valuemax="{steps}" aria-valuenow="{done}"><div style="width:{100 * done / max(1, steps):.0f}%"></div></div><span class="os-soft">{name}: step {done} of {steps}{left}{more}</span></div>'
         if html != self.goes.value: self.goes.value = html
         self.buttons["cancel"].disabled = not self._jobs
@@ -553,8 +564,8 @@ def _connect(self: TuningRoom, _=None) -> None:
             time.sleep(0.2)
     with self._lock:
         self._jobs, self._asked = {}, {}
-        name, self._wanted = self._wanted, None
-        if name: self._say(""); self._ask(name)
+        if self._wanted: self._say("")
+        self._next()
     self._goes()
 
 @patch
