@@ -8,7 +8,7 @@ from PIL import Image
 from opensora_nb.cluster.files import UserError
 from opensora_nb.commands.cli import main
 from opensora_nb.data.cache import curated_cache
-from opensora_nb.data.curate import curate, funnel, summary
+from opensora_nb.data.curate import WRITE, curate, funnel, summary
 from opensora_nb.data.duplicates import DuplicateConfig
 from opensora_nb.data.filters import FilterConfig
 from opensora_nb.data.footage import caption_from_truth, make_footage, sample_clips
@@ -365,7 +365,7 @@ def test_a_picture_that_needs_more_memory_is_kept_with_more(footage, tmp_path):
 
 # ---- what is done again
 
-def test_only_what_depends_on_a_change_is_done_again(footage, few, tmp_path):
+def test_only_what_depends_on_a_change_is_done_again(footage, few, tmp_path, monkeypatch):
     "One change after the other; each leaves alone what it does not concern."
     raw, cfg, book = tmp_path / "raw", replace(few[0], src=tmp_path / "raw", out=tmp_path / "out"), tmp_path / "books"
     shutil.copytree(few[0].src, raw); shutil.copytree(few[0].out, cfg.out); state = books(cfg.out, book)
@@ -400,6 +400,9 @@ def test_only_what_depends_on_a_change_is_done_again(footage, few, tmp_path):
     same(cfg.out, fresh)
     again, clips = change(shots=ShotConfig(border_level=27.0, crf=30))
     assert {stage for stage, _ in again} == {"write"} and clips == {p.name for p in (cfg.out / "clips").iterdir()}, "another quality: all clips and nothing else"
+    monkeypatch.setattr("opensora_nb.data.curate.WRITE", replace(WRITE, version=2))
+    again, clips = change()
+    assert {stage for stage, _ in again} == {"write"} and clips == {p.name for p in (cfg.out / "clips").iterdir()}, "a release that writes clips otherwise"
 
 def test_patterns_decide_by_source_and_a_second_thought_is_cheap(few, tmp_path):
     cfg = replace(few[0], out=tmp_path / "out")

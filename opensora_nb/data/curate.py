@@ -32,6 +32,9 @@ class Stage:
     settings: Callable[[CurateConfig], tuple]         # what its answers depend on, besides the item
     title: str                                        # for the progress bar
     unit: str
+    version: int = 1                                  # raised by whoever changes what the function answers: older answers then no longer count
+
+    def basis(self, cfg: CurateConfig) -> tuple: return (self.version, *self.settings(cfg))
 
 PROBE = Stage("probe", probe_file, lambda c: (c.filters,), "probe", "file")
 SURVEY = Stage("survey", survey_file, lambda c: (replace(c.shots, crf=0), c.blur, c.aesthetic, c.ocr, c.filters.min_aspect, c.filters.max_aspect), "survey", "file")
@@ -84,24 +87,24 @@ def _time_limit(task: Task) -> float:
 
 # %% ../../nbs/data/14_curate.ipynb #a79f2879
 def _probes(cfg: CurateConfig) -> Iterator[tuple[Task, str]]:
-    for s in find_sources(cfg.src, cfg.out): yield Task(s.name, s, cfg), _key(_state(s), *PROBE.settings(cfg))
+    for s in find_sources(cfg.src, cfg.out): yield Task(s.name, s, cfg), _key(_state(s), *PROBE.basis(cfg))
 
 def _probed(cfg: CurateConfig, journal: Journal) -> Iterator[tuple[Source, dict, str]]:
     "(source, what its probe said, key of the file and its header). The probe's settings are not in the key: what passes is the same file under all of them."
     for s in find_sources(cfg.src, cfg.out):
-        said = journal.get("probe", s.name, _key(state := _state(s), *PROBE.settings(cfg)))
+        said = journal.get("probe", s.name, _key(state := _state(s), *PROBE.basis(cfg)))
         if said: yield s, said, _key(state, {k: v for k, v in said.get("info", {}).items() if k != "path"})     # None: changed since, the next run will see
 
 def _surveys(cfg: CurateConfig, journal: Journal) -> Iterator[tuple[Task, str]]:
     for s, said, key in _probed(cfg, journal):
-        if "info" in said: yield Task(s.name, s, cfg, said), _key(key, *SURVEY.settings(cfg))
+        if "info" in said: yield Task(s.name, s, cfg, said), _key(key, *SURVEY.basis(cfg))
 
 def _rows(cfg: CurateConfig, journal: Journal) -> Iterator[tuple[Source, dict, dict, str]]:
     "All that is known before the decisions: (source, probe's answer, take or file's row with what belongs to it, key of its clip), in the order of the manifest."
     for s, probed, key in _probed(cfg, journal):
         if "info" not in probed: yield s, probed, probed, key; continue
-        if (surveyed := journal.get("survey", s.name, _key(key, *SURVEY.settings(cfg)))) is None: continue
-        for take in surveyed.get("takes", [surveyed]): yield s, probed, take, _key(key, take["row"].get("start_s"), take["row"].get("end_s"), take.get("box"), *WRITE.settings(cfg))
+        if (surveyed := journal.get("survey", s.name, _key(key, *SURVEY.basis(cfg)))) is None: continue
+        for take in surveyed.get("takes", [surveyed]): yield s, probed, take, _key(key, take["row"].get("start_s"), take["row"].get("end_s"), take.get("box"), *WRITE.basis(cfg))
 
 # %% ../../nbs/data/14_curate.ipynb #312b8483
 def _leveled(cfg: CurateConfig, journal: Journal, levels: tuple[Level, ...]) -> Iterator[tuple[Source, dict, dict, dict, str]]:
