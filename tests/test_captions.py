@@ -461,7 +461,7 @@ def test_a_local_model_captions_a_folder_and_what_is_none_is_refused(tmp_path, c
     from safetensors.torch import load_file, save_file
     weights = load_file(model / "model.safetensors")
     save_file({k: v for k, v in weights.items() if "projector" not in k}, model / "model.safetensors", metadata=dict(format="pt"))
-    (tmp_path / "theirs").mkdir(); (tmp_path / "theirs/config.json").write_text(json.dumps(dict(model_type="llava", mm_vision_tower="google/siglip", architectures=["LlavaQwenForCausalLM"])))
+    (tmp_path / "theirs").mkdir(); (tmp_path / "theirs/config.json").write_text(json.dumps(dict(model_type="llava_qwen", mm_vision_tower="google/siglip", architectures=["LlavaQwenForCausalLM"])))
     (tmp_path / "empty").mkdir()
     for name, said in (("m", "lacks"), ("theirs", "LLaVA's own code"), ("empty", "no vision-language model")):
         with pytest.raises(UserError, match=said) as error: LocalCaptioner(LocalConfig(str(tmp_path / name), device="cpu"))

@@ -541,15 +541,15 @@ def _load_local(cfg: LocalConfig) -> tuple[Any, Any, str]:
     where = str(existing(cfg.model, "vision-language model", "a folder with config.json, or a name on the hub")) if is_path else cfg.model
     try:
         import torch
-        from transformers import AutoConfig, AutoModelForImageTextToText
+        from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
         from transformers.utils import logging
     except ImportError as e: raise UserError("a local captioner needs the transformers package: pip install transformers") from e
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     bar = logging.is_progress_bar_enabled()
     if is_path: logging.disable_progress_bar()                          # a download may show one
     try:
+        if "mm_vision_tower" in PretrainedConfig.get_config_dict(where, local_files_only=is_path)[0]: raise UserError(f"{cfg.model} is in the layout of LLaVA's own code: use a copy converted to transformers, or serve it and caption with the http backend")
         config = AutoConfig.from_pretrained(where, local_files_only=is_path)
-        if hasattr(config, "mm_vision_tower"): raise UserError(f"{cfg.model} is in the layout of LLaVA's own code: use a copy converted to transformers, or serve it and caption with the http backend")
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         inputs = (_VideoInputs if config.model_type in ("llava_onevision", "llava_next_video") else _PictureInputs)(where, config, is_path)
         model, loaded = AutoModelForImageTextToText.from_pretrained(where, local_files_only=is_path, dtype=dtype, output_loading_info=True)
