@@ -31,5 +31,6 @@ def run(cfg: Config) -> int:
         print(f"osnb curate: interrupted, {done['probe']} files probed, {done['survey']} surveyed, {done['write']} clips written; run the same command again to go on", file=sys.stderr)
         return 130
     print(summary(read_manifest(path), read_levels(cfg.levels) if cfg.levels else LEVELS))
+    if cfg.aesthetic.method == "standin": print("score_aesthetic is that of the weight-free stand-in, no measure of beauty (LAION's: --aesthetic.method laion --aesthetic.head FILE)")
     print(f"manifest: {path}\nclips:    {cfg.out / 'clips'}\nlevels:   {cfg.out / 'levels'}, a table for each")
     return 0
