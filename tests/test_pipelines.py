@@ -1,6 +1,7 @@
 "From words, pictures and films to files: which conditions reach the model, what is refused, what a file says of itself, and how little memory will do."
 import json, subprocess, sys, threading, time
 from contextlib import contextmanager
+from importlib.util import find_spec
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,7 +22,7 @@ from opensora_nb.data.video import decode, write_video
 from opensora_nb.flow.guidance import Guidance
 from opensora_nb.inference.given import given_pixels, picture_tensor, read_picture, read_stretch
 from opensora_nb.inference.image_to_video import ImageToVideo as Sampler, SampleConfig
-from opensora_nb.inference.memory import Need, Turns, block_bytes, check_fits, decode_bytes, sampling_bytes
+from opensora_nb.inference.memory import Away, Need, Turns, block_bytes, check_fits, decode_bytes, sampling_bytes
 from opensora_nb.inference.pipelines import AnyToVideo, ExtendVideo, FluxPainter, ImageToVideo, LoopVideo, Pipeline, TextToImageToVideo, TextToVideo, find_parts, settings_of, write_clip
 from opensora_nb.inference.prompts import Assistant, motion_by_rule, motion_score, read_prompts, refine_prompt
 from opensora_nb.inference.sizes import ASPECT_RATIOS, admitted, check_frames, clip_size, nearest_ratio
@@ -129,6 +130,7 @@ def test_text_to_image_to_video_begins_with_the_picture_that_was_drawn(pipe):
     def painter(prompt, size, seed): drawn[seed] = picture_tensor(picture(seed=seed), size); return drawn[seed]
     clips = TextToImageToVideo(pipe.sampler, painter=painter)("x", seed=5, num_sample=2, return_latents=True, **QUICK)
     for k, seed in enumerate((5, 6)): assert torch.equal(clips.latents[k][:, :1], pipe.sampler.held(drawn[seed][None, :, None])[0])
+    assert TextToImageToVideo.from_pretrained().painter.name == "pocket image model"
     own = TextToImageToVideo(pipe.sampler)("x", **QUICK)
     assert own.frames.shape == (1, 12, 32, 32, 3) and own.settings[0]["refs"] == [dict(name="video model")]
 
@@ -210,7 +212,19 @@ def test_longer_clips_and_more_rows_need_more():
     with torch.device("meta"): ae = VideoDCAE(TINY_AE)
     assert decode_bytes(ae, 16, 64, 64) > decode_bytes(ae, 16, 64, 64, Tiling(32, 8)) and decode_bytes(ae, 32, 64, 64) > decode_bytes(ae, 16, 64, 64)
 
-def test_eight_bits_without_a_gpu_is_one_line(weights): error(lambda: Pipeline.from_pretrained(weights, weights="int8", device="cpu"), "need a GPU")
+def test_eight_bits_without_torchao_are_one_line(weights):
+    if find_spec("torchao"): pytest.skip("torchao is installed")
+    error(lambda: Pipeline.from_pretrained(weights, weights="int8", device="cpu"), "pip install torchao")
+
+@pytest.mark.parametrize("offload", ["no", "models", "blocks"])
+def test_eight_bits_are_nearly_the_same_clip_in_fewer_bytes_whatever_lies_where(weights, pipe, offload):
+    pytest.importorskip("torchao")
+    small = AnyToVideo.from_pretrained(weights, weights="int8", offload=offload, device="cpu")
+    plain, clip = (p("x", [picture()], **QUICK).video for p in (pipe, small))
+    assert 0 < (clip - plain).abs().mean() < 0.05
+    if offload != "no": assert small.sampler.turn.now == 0
+    model = Away(small.sampler.model, torch.device("cpu"))
+    assert model.bytes < 0.5 * sum(p.nbytes for p in pipe.sampler.model.parameters()), "numbers and scales are counted, not what they stand for"
 
 
 # ---- where weights are ----
@@ -295,9 +309,23 @@ def test_conditions_longer_films_and_drawn_pictures_as_typed(weights, tmp_path, 
     assert kinds == dict(tail="i2v_tail", loop="i2v_loop", stretch="v2v_head", longer="i2v_head", drawn="i2v_head", wide="i2v_head")
     assert len(decode("longer/00042.mp4")) == 36 + 11 and settings_of("wide/00042.mp4")["size"] == [24, 40]
 
+def test_a_searched_clip_says_how_it_was_searched_and_is_made_once(weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(picture()).save("a.png")
+    base = ["generate", "--models", str(weights), "--no-progress", "--prompt", "x", "--num-frames", "12", "--size", "32", "32", "--steps", "4", "--scaling.budget", "light", "--scaling.weights", "aesthetic_quality", "1"]
+    for out, more in (("text", ""), ("loop", "--ref a.png a.png"), ("drawn", "--t2i2v")):
+        assert main([*base, *more.split(), "--out", out]) == 0, capsys.readouterr().err
+        capsys.readouterr(); assert main([*base, *more.split(), "--out", out]) == 0 and lines(capsys) == ["there already)"], out
+        assert main([*base[:-5], *more.split(), "--out", f"{out}-alone"]) == 0
+        told, plain = settings_of(f"{out}/00042.mp4"), settings_of(f"{out}-alone/00042.mp4")
+        assert told.pop("scaling")["steps"] == [0] and told == plain, "but for the search"
+    assert settings_of("loop/00042.mp4")["cond_type"] == "i2v_loop" and not np.array_equal(decode("text/00042.mp4"), decode("text-alone/00042.mp4"))
+
 @pytest.mark.parametrize("more, said", [("", "name prompts"), ("--prompt x --prompts t.csv", "one of the two"), ("--prompt x --image a.png --ref a.png", "leave one of the two out"), ("--prompt x --size 32 32 --aspect-ratio 1:1", "both name a size"), ("--prompt x --t2i2v --image a.png", "draws its own"),
                                         ("--prompt x --extend after", "name it with --ref"), ("--prompt x --cond-type i2v_tail", "needs what it is given"), ("--prompt x --num-frames 10", "ask for 8 or 12"), ("--prompts t.csv", "no such table of prompts"), ("--prompt x --models nowhere", "no folder nowhere"),
-                                        ("--prompt x --motion-score auto --http.base-url ftp://x --http.model y", "no address"), ("--prompt x --t2i2v --image-model nowhere", "no FLUX pipeline at nowhere"), ("--prompt x --ref a.png a.png a.png --cond-type i2v_loop", "2 references"), ("--prompt x --ref a.png --cond-type t2v", "0 references")])
+                                        ("--prompt x --motion-score auto --http.base-url ftp://x --http.model y", "no address"), ("--prompt x --t2i2v --image-model nowhere", "no FLUX pipeline at nowhere"), ("--prompt x --ref a.png a.png a.png --cond-type i2v_loop", "2 references"), ("--prompt x --ref a.png --cond-type t2v", "0 references"),
+                                        ("--prompt x --scaling.budget light --scaling.weights beauty 1", "no verifier measures beauty"), ("--prompt x --scaling.budget light --cache 0.05", "leave one of them out"), ("--prompt x --scaling.budget light --scaling.by vbench", "make vbench"),
+                                        ("--prompt x --kernels triton --device cpu", "triton"), ("--prompt x --attention flash", "flash")])
 def test_requests_that_cannot_be_are_one_line_and_leave_nothing(weights, tmp_path, monkeypatch, capsys, more, said):
     monkeypatch.chdir(tmp_path); monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     Image.fromarray(picture()).save("a.png")

@@ -153,6 +153,15 @@ def test_candidates_are_judged_with_the_given_image_put_back(pipe):
     finally: del pipe.decode
     assert all(torch.equal(z[:, :, :1], reference) for z in got) and first.shape == (1, 3, 24, 32)
 
+def test_both_ends_given_stand_in_the_finished_clip_and_in_what_is_judged(pipe):
+    ends, got, whole = {0: IMAGE.unsqueeze(2), -1: -IMAGE.unsqueeze(2)}, [], pipe.decode
+    pipe.decode = lambda latent, cfg: got.append(latent) or whole(latent, cfg)
+    try: clip, record = scaled(pipe, "snow", ends, CFG, ScalingConfig((1,), 1), dict(bright=bright), seed=0)
+    finally: del pipe.decode
+    assert record.counted == record.predicted and len(got) == 3 and all(torch.equal(z[:, :, e], pipe.held(x)[:, :, e]) for z in got for e, x in ends.items())
+    plain, _ = scaled(pipe, "snow", ends, CFG, ScalingConfig((), 0), dict(bright=bright), seed=0)
+    assert torch.allclose(plain, pipe(["snow"], IMAGE, CFG, [0], last=-IMAGE), atol=1e-5)
+
 def test_what_cannot_be_searched_is_said_before_any_work(pipe):
     with pytest.raises(UserError, match="at least one verifier"): scaled(pipe, "snow", None, CFG, ScalingConfig(), {})
     with pytest.raises(UserError, match="no verifier measures beauty"): scaled(pipe, "snow", None, CFG, ScalingConfig(weights=dict(beauty=1.0)), dict(bright=bright))

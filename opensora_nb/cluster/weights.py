@@ -150,7 +150,7 @@ def save_weights(folder: str | Path, weights: dict[str, Tensor], config: dict, d
 
 # %% ../../nbs/cluster/01_weights.ipynb #da3a8f6e
 def shipped(kind: str) -> Path:
-    "The folder of the pocket weights that come with the package: kind is `autoencoder` or `mmdit`. Raises UserError where they are missing."
+    "The folder of the pocket weights that come with the package: kind is `autoencoder`, `mmdit` or `image`. Raises UserError where they are missing."
     folder = Path(opensora_nb.__file__).parent / "pocket" / kind
     if not (folder / "model.safetensors").is_file(): raise UserError(f"the package has no pocket weights for the {kind}: install opensora_nb again, or name weights of your own")
     return folder

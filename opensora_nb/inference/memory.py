@@ -106,17 +106,27 @@ def check_fits(options: Mapping[str, Mapping[str, Any]], offload: Offload, room:
                     + ("it fits with " + " or ".join(helps[:3]) if helps else f"no option helps (the least is {least / 1e9:.2f} GB): ask for fewer frames or pixels"))
 
 # %% ../../nbs/inference/05_memory.ipynb #07a85224
+def _plain(x: Tensor) -> list[Tensor]:
+    "The plain tensors that x is made of: itself, or, of weights in 8 bits, numbers and scales."
+    return [getattr(x, name) for name in x.__tensor_flatten__()[0]] if hasattr(x, "__tensor_flatten__") else [x]
+
+def _pinned(x: Tensor) -> Tensor:
+    "x in page-locked memory."
+    if not hasattr(x, "__tensor_flatten__"): return x.pin_memory()
+    names, context = x.__tensor_flatten__()
+    return type(x).__tensor_unflatten__({name: getattr(x, name).pin_memory() for name in names}, context, x.size(), x.stride())
+
 class Away:
     "A module whose weights lie in main memory and are copied to the device when they are called for. pin: page-locked, which makes copies to a GPU fast and able to run beside the computation."
     def __init__(self, module: nn.Module, device: torch.device, pin: bool = False):
         self.device, self.pairs = device, []
         for x in (*module.parameters(), *module.buffers()):
             home = x.data.cpu()
-            x.data = home = home.pin_memory() if pin and device.type == "cuda" else home
+            x.data = home = _pinned(home) if pin and device.type == "cuda" else home
             self.pairs.append((x, home))
 
     @property
-    def bytes(self) -> int: return sum(home.nbytes for _, home in self.pairs)
+    def bytes(self) -> int: return sum(part.nbytes for _, home in self.pairs for part in _plain(home))
 
     def fetch(self) -> list[Tensor]: return [home.to(self.device, non_blocking=True, copy=True) for _, home in self.pairs]
     def place(self, there: list[Tensor]) -> None:
@@ -175,7 +185,7 @@ class Streamed:
         self._fetch(k)
         if self.stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
-            for x in self.coming[k]: x.record_stream(torch.cuda.current_stream(self.device))
+            for part in (part for x in self.coming[k] for part in _plain(x)): part.record_stream(torch.cuda.current_stream(self.device))
             if self.done is not None: self.done.synchronize()                   # the block before has been computed, and its memory is free
         self.blocks[k].place(self.coming[k])
         self._fetch(self.next[k])
@@ -200,10 +210,8 @@ def spread_blocks(sizes: Sequence[int], room: int) -> list[int]:
     return []
 
 # %% ../../nbs/inference/05_memory.ipynb #3b12096c
-def to_int8(model: nn.Module, device: torch.device | str) -> nn.Module:
-    "The model with the weights of its linear layers in 8 bits, in place. Raises UserError where there is no GPU or no torchao."
-    if torch.device(device).type != "cuda": raise UserError("8-bit weights need a GPU: leave out --weights int8")
-    try: from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    except ImportError: raise UserError("8-bit weights need the torchao package: pip install torchao") from None
+def to_int8(model: nn.Module) -> nn.Module:
+    "The model with the weights of its linear layers in 8 bits, in place, by the torchao package."
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
     quantize_(model, Int8WeightOnlyConfig())
     return model

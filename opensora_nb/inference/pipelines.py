@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['LAYOUT', 'HIGH_COMPRESSION', 'find_parts', 'fingerprint', 'write_clip', 'settings_of', 'Clips', 'pick_device',
            'LoadConfig', 'load_sampler', 'usual', 'changed', 'Pipeline', 'asked_text', 'settings_for', 'generate',
-           'AnyToVideo', 'TextToVideo', 'ImageToVideo', 'LoopVideo', 'ExtendVideo', 'PocketPainter', 'FluxPainter',
-           'TextToImageToVideo']
+           'AnyToVideo', 'TextToVideo', 'ImageToVideo', 'LoopVideo', 'ExtendVideo', 'PocketPainter',
+           'pocket_image_model', 'FluxPainter', 'TextToImageToVideo']
 
 # %% ../../nbs/inference/06_pipelines.ipynb #4075165e
 import hashlib, json, math, os, re
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Callable, Literal, Mapping, Sequence
 import torch
@@ -19,12 +20,15 @@ import opensora_nb
 from ..autoencoder.hunyuan import load_autoencoder
 from ..autoencoder.tiling import RELEASE, Tiling
 from ..cluster.files import UserError, existing, whole
+from ..flow.guidance import single_scale
 from ..cluster.weights import find_weights, read_config, read_shapes, shipped
 from .given import given_pixels, needed, picture_tensor, read_stretch, stretch_frames
 from .image_to_video import ImageToVideo as Sampler, SampleConfig, kind_of
 from .memory import Need, Offload, Turns, check_fits, decode_bytes, device_bytes, need_of, to_int8
 from .prompts import Assistant, check_prompt, motion_of, motion_score, refine_prompt
 from .sizes import check_frames, clip_size
+from ..mmdit.attention import check_backend
+from ..mmdit.kernels import choose_kernels
 from ..mmdit.model import MMDiT, MMDiTConfig, published_config
 from ..mmdit.text import TextEncoder, TextEncoderConfig, open_sora_v2 as release_text, pocket as pocket_text
 
@@ -122,8 +126,10 @@ class LoadConfig:
     text_encoders: Path | None = None     # folder with google/t5-v1_1-xxl and openai/clip-vit-large-patch14; without it the pocket's
     device: str = "auto"                  # cpu, cuda, cuda:1, ...; auto: a GPU where there is one
     offload: Offload = "no"               # models: one model on the device at a time; blocks: of the transformer one block at a time
-    weights: Literal["full", "int8"] = "full"   # the transformer's, on a GPU
+    weights: Literal["full", "int8"] = "full"   # the transformer's; int8 by torchao, meant for a GPU
     limit_gb: float | None = None         # memory that may be used, 1e9 bytes; without it what the device has free
+    kernels: Literal["torch", "triton"] = "torch"                       # of the transformer's small steps; triton: fused, on a GPU
+    attention: Literal["sdpa", "cudnn", "flash", "flex"] = "sdpa"       # who computes it: PyTorch's choice, or one of these where this machine has it
 
 def _text_config(folder: Path | None) -> TextEncoderConfig: return release_text(folder) if folder else pocket_text()
 
@@ -145,6 +151,8 @@ def load_sampler(cfg: LoadConfig, sample: SampleConfig | Mapping[str, Any] | Non
     """
     device = pick_device(cfg.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if cfg.weights == "int8" and not find_spec("torchao"): raise UserError("8-bit weights need the torchao package, which is not installed: pip install torchao, or leave out --weights int8")
+    choose_kernels(cfg.kernels); check_backend(cfg.attention)
     places = dict(autoencoder=Path(cfg.autoencoder or shipped("autoencoder")), mmdit=Path(cfg.mmdit or shipped("mmdit")))
     path = find_weights(cfg.mmdit or shipped("mmdit"), prefer=("model.safetensors", "Open_Sora_v2.safetensors"))
     autoencoder, text = load_autoencoder(places["autoencoder"]).to(dtype), _text_config(cfg.text_encoders)
@@ -152,7 +160,8 @@ def load_sampler(cfg: LoadConfig, sample: SampleConfig | Mapping[str, Any] | Non
     if cfg.limit_gb is not None and device.type == "cuda": torch.cuda.set_per_process_memory_fraction(min(1.0, room / torch.cuda.get_device_properties(device).total_memory), device)
     stays = cfg.offload == "no"
     model = MMDiT.from_pretrained(path, dtype=dtype).eval()
-    if cfg.weights == "int8": model = to_int8(model, device)
+    model.use(cfg.kernels, cfg.attention)
+    if cfg.weights == "int8": model = to_int8(model)
     encoder = TextEncoder(text, device if stays else "cpu", dtype)
     encoder.device = device
     turn = None
@@ -209,7 +218,7 @@ class Pipeline:
     def from_pretrained(cls, path_or_repo: str | Path | None = None, *, high_compression: bool = False, sample: SampleConfig | Mapping[str, Any] | None = None, say: Callable[[str], None] = lambda line: None, **load: Any):
         """A pipeline with its weights: of a folder or hub repository (see `find_parts`), of parts named one by one (`LoadConfig`), or, without arguments, the pocket's.
 
-        sample: the clip that memory is reckoned for, or its changes to the usual one. load: fields of `LoadConfig`: autoencoder, mmdit, text_encoders, device, offload, weights, limit_gb.
+        sample: the clip that memory is reckoned for, or its changes to the usual one. load: fields of `LoadConfig`: autoencoder, mmdit, text_encoders, device, offload, weights, limit_gb, kernels, attention.
         """
         if path_or_repo is not None:
             parts = find_parts(path_or_repo, high_compression)
@@ -316,15 +325,19 @@ class ExtendVideo(Pipeline):
 
 # %% ../../nbs/inference/06_pipelines.ipynb #5558f451
 class PocketPainter:
-    "Pictures by the video model: of a clip from the text alone, the frame with the most detail."
-    name = "video model"
-    def __init__(self, sampler: Sampler, cfg: SampleConfig): self.sampler, self.cfg = sampler, cfg
+    "Pictures by a sampler: of a clip from the text alone, the frame with the most detail; of a clip of one frame, that. name: for the settings. follows: draw as the clip is made, in its frames, steps and guidance."
+    def __init__(self, sampler: Sampler, cfg: SampleConfig, name: str = "video model", follows: bool = True): self.sampler, self.cfg, self.name, self.follows = sampler, cfg, name, follows
 
     def __call__(self, prompt: str, size: tuple[int, int], seed: int) -> Tensor:
         "A picture `(3, H, W)` in [-1, 1]."
         clip = self.sampler([prompt], None, replace(self.cfg, height=size[0], width=size[1], motion_score=1.0), [seed])[0]
         detail = clip.diff(dim=-1).abs().mean((0, 2, 3)) + clip.diff(dim=-2).abs().mean((0, 2, 3))
         return clip[:, int(detail.argmax())]
+
+def pocket_image_model(sampler: Sampler) -> PocketPainter:
+    "The shipped image model, on the latents and texts of the pocket's sampler."
+    model = MMDiT.from_pretrained(shipped("image")).to(sampler.device, next(sampler.autoencoder.parameters()).dtype).eval()
+    return PocketPainter(Sampler(sampler.autoencoder, model, sampler.text, sampler.device, sampler.turn), SampleConfig(num_frames=1, steps=20, guidance=single_scale(5.0)), "pocket image model", follows=False)
 
 class FluxPainter:
     "Pictures by FLUX through the diffusers library: drawn with the area of 768 px, as the release does. folder: in diffusers' layout, or a repository of the hub. Raises UserError where library or weights are missing."
@@ -351,17 +364,23 @@ class TextToImageToVideo(Pipeline):
     "From words: a picture first, and then the clip that it begins."
     kinds = ("i2v_head",)
     def __init__(self, sampler: Sampler, about: Mapping[str, Any] | None = None, say: Callable[[str], None] = lambda line: None, painter: Callable[[str, tuple[int, int], int], Tensor] | None = None):
-        "painter: called as (prompt, (height, width), seed), returns a picture `(3, H, W)` in [-1, 1]; the video model itself by default."
+        "painter: called as (prompt, (height, width), seed), returns a picture `(3, H, W)` in [-1, 1]; the video model by default."
         super().__init__(sampler, about, say)
         self.painter = painter or PocketPainter(sampler, self.usual)
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | Path | None = None, *, image_model: str | Path | None = None, **load: Any):
-        "As the base; image_model: a FLUX pipeline's folder or repository, else the one in the folder's `image/` or `flux/`, else the video model itself."
+        "As the base; image_model: a FLUX pipeline's folder or repository, else the one in the folder's `image/` or `flux/`, else the pocket's image model for the pocket's weights, else the video model."
         self = super().from_pretrained(path_or_repo, **load)
         if image_model is None and path_or_repo is not None: image_model = find_parts(path_or_repo, load.get("high_compression", False)).get("image")
         if image_model is not None: self.painter = FluxPainter(image_model, self.sampler.device, load.get("offload", "no") != "no")
+        elif all(part["name"] == "pocket" for part in self.about.values()): self.painter = pocket_image_model(self.sampler)
         return self
+
+    def picture(self, text: str, cfg: SampleConfig, seed: int) -> Tensor:
+        "The first frame of a clip, `(3, H, W)` in [-1, 1]."
+        if getattr(self.painter, "follows", False): self.painter.cfg = cfg
+        return self.painter(text, (cfg.height, cfg.width), seed)
 
     def __call__(self, prompt: str, *, seed: int = 42, num_sample: int = 1, motion_score: float | str | None = 4, refine_prompt: bool = False, assistant: Assistant | None = None,
                  callback: Callable[[int, int], None] | None = None, return_latents: bool = False, cfg: SampleConfig | None = None, **changes: Any) -> Clips:
@@ -370,7 +389,6 @@ class TextToImageToVideo(Pipeline):
         text, score = asked_text(prompt, motion_score, refine_prompt, assistant, False)
         cfg = replace(cfg or self.config(**changes), motion_score=score)
         self.sampler.check(cfg, kind="i2v_head")
-        if isinstance(self.painter, PocketPainter): self.painter.cfg = cfg
-        made = [generate(self, text, "i2v_head", {0: self.painter(text, (cfg.height, cfg.width), s).unsqueeze(1)}, cfg, [s], [getattr(self.painter, "name", "painter")], prompt, callback, return_latents)
+        made = [generate(self, text, "i2v_head", {0: self.picture(text, cfg, s).unsqueeze(1)}, cfg, [s], [getattr(self.painter, "name", "painter")], prompt, callback, return_latents)
                 for s in range(seed, seed + num_sample)]
         return Clips(torch.cat([m.video for m in made]), [s for m in made for s in m.settings], made[0].fps, torch.cat([m.latents for m in made]) if return_latents else None)

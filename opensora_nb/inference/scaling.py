@@ -17,7 +17,7 @@ from ..cluster.files import UserError
 from ..flow.guidance import guidance_plan
 from ..flow.matching import SIGMA_MIN, estimate_data
 from ..flow.solver import Velocity
-from .image_to_video import ImageToVideo, SampleConfig
+from .image_to_video import ImageToVideo, SampleConfig, kind_of
 
 Verifier = Callable[[np.ndarray], float]           # frames (T, H, W, 3), uint8 RGB, to a number: more is better
 
@@ -196,20 +196,23 @@ def as_frames(clip: Tensor) -> np.ndarray:
     "A clip `(1, 3, T, H, W)` in [-1, 1] as frames `(T, H, W, 3)`, uint8: what a verifier reads."
     return to_uint8(clip)[0].permute(1, 2, 3, 0).contiguous().numpy()
 
-def scaled(pipeline: ImageToVideo, prompt: str, image: Tensor | None, cfg: SampleConfig, scaling: ScalingConfig, verifiers: Mapping[str, Verifier], seed: int = 0,
-           progress: Callable[[int, int], None] | None = None) -> tuple[Tensor, Record]:
+def scaled(pipeline: ImageToVideo, prompt: str, given: Tensor | Mapping[int, Tensor] | None, cfg: SampleConfig, scaling: ScalingConfig, verifiers: Mapping[str, Verifier], seed: int = 0,
+           progress: Callable[[int, int], None] | None = None, kind: str | None = None) -> tuple[Tensor, Record]:
     """A clip `(1, 3, T, H, W)` in [-1, 1] and the record of its search. Steps are Euler's, whatever solver cfg names; the first noise is that of the pipeline's own clip of this seed.
 
-    image: first frame `(1, 3, H, W)` in [-1, 1], or None. verifiers: by metric. progress: called as (velocities asked, velocities in all). Raises UserError where nothing measures what has a weight.
+    given: first frame `(1, 3, H, W)` in [-1, 1], or pixels `(1, 3, n, H, W)` by the end of the clip that they are given for, {0: head, -1: tail}, or None. verifiers: by metric. progress: called as
+    (velocities asked, velocities in all). kind: of condition, without it that of images at the ends given. Raises UserError where nothing measures what has a weight.
     """
     if not verifiers: raise UserError("a search needs at least one verifier to choose by")
     weighted(dict.fromkeys(verifiers, 0.5), scaling)                                # a weight without a verifier: said before any work
     if getattr(cfg, "cache", None): raise UserError("the step cache expects one walk, and a search takes many at once: leave the cache off")
-    pipeline.check(cfg, image is not None)
-    reference, T = (None if image is None else pipeline.encode(image.unsqueeze(2), cfg.tiling)), pipeline.autoencoder.latent_shape(cfg.num_frames, cfg.height, cfg.width)[1]
-    back = pipeline.held(image.unsqueeze(2), cfg.tiling) if image is not None and cfg.write_back and T > 1 else None      # what stands in the first frame of the finished clip
-    guidance = cfg.guidance if image is not None else replace(cfg.guidance, dynamic_image=False)
-    passes = [len(now.passes) for now in guidance_plan(guidance, cfg.steps, T, has_image=image is not None)]
+    given = {} if given is None else {0: given.unsqueeze(2)} if isinstance(given, Tensor) else given
+    kind = kind or kind_of(given)
+    pipeline.check(cfg, kind=kind)
+    references, T = {end: pipeline.encode(x, cfg.tiling) for end, x in given.items()}, pipeline.autoencoder.latent_shape(cfg.num_frames, cfg.height, cfg.width)[1]
+    back = {end: pipeline.held(x, cfg.tiling) for end, x in given.items()} if kind.startswith("i2v") and cfg.write_back else {}      # what stands at the ends of the finished clip
+    guidance = cfg.guidance if kind.startswith("i2v") else replace(cfg.guidance, dynamic_image=False)
+    passes = [len(now.passes) for now in guidance_plan(guidance, cfg.steps, T, has_image=bool(given))]
     record, asked, spent = Record(predict(scaling, passes, len(verifiers))), [0] * cfg.steps, dict(velocity=0.0, decode=0.0, verify=0.0)
 
     def timed(name: str, work: Callable, *args):
@@ -218,7 +221,7 @@ def scaled(pipeline: ImageToVideo, prompt: str, image: Tensor | None, cfg: Sampl
         spent[name] += time.perf_counter() - began
         return result
     def verify(latent: Tensor) -> dict[str, float]:
-        if back is not None: latent = torch.cat([back[:, :, :1].to(latent), latent[:, :, 1:]], 2)
+        for end, x in back.items(): latent[:, :, end] = x[:, :, end].to(latent)
         frames = as_frames(timed("decode", pipeline.decode, latent, cfg))
         record.strips.append(frames[np.linspace(0, len(frames) - 1, 6).round().astype(int)])
         return {name: float(timed("verify", work, frames)) for name, work in verifiers.items()}
@@ -230,7 +233,7 @@ def scaled(pipeline: ImageToVideo, prompt: str, image: Tensor | None, cfg: Sampl
         return search(ask, noise, ts, verify, scaling, torch.Generator().manual_seed(seed + 1_000_003), lambda made: record.rounds.append([replace(c, walk=None) for c in made]))
 
     began = time.perf_counter()
-    clip = timed("decode", pipeline.decode, pipeline.sample_latent([prompt], reference, cfg, [seed], solver=solver, back=None if back is None else {0: back}), cfg)
+    clip = timed("decode", pipeline.decode, pipeline.sample_latent([prompt], references, cfg, [seed], kind=kind, solver=solver, back=back), cfg)
     record.seconds = spent | dict(whole=time.perf_counter() - began)
     record.counted = Cost(sum(asked), sum(n * p for n, p in zip(asked, passes)), len(record.strips), len(record.strips) * len(verifiers))
     return clip, record
