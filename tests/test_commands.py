@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow        # real processes and files: half a minute
 
 OSNB = [sys.executable, "-m", "opensora_nb.commands.cli"]
 TINY_AE = replace(dc_ae.pocket(), enc_width=(8, 16, 32, 32), dec_width=(8, 16, 32, 32), enc_depth=(0, 1, 1, 1), dec_depth=(0, 1, 1, 1), scaling_factor=0.5)
-TINY_MMDIT = replace(mmdit.pocket(), hidden_size=64, num_heads=2, depth=1, depth_single_blocks=1)
+TINY_MMDIT = replace(mmdit.pocket(), hidden_size=64, num_heads=2, axes_dim=(8, 12, 12), depth=1, depth_single_blocks=1)
 
 
 @pytest.fixture(scope="module")

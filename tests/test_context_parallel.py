@@ -12,7 +12,7 @@ from opensora_nb.mmdit.model import MMDiT, flux_image, pocket
 from opensora_nb.training.diffusion import DiffusionRecipe, LatentCache, train_diffusion
 from opensora_nb.training.loop import LoopConfig, read_log
 
-TINY = replace(pocket(), hidden_size=64, num_heads=2, depth=1, depth_single_blocks=1)
+TINY = replace(pocket(), hidden_size=64, num_heads=2, axes_dim=(8, 12, 12), depth=1, depth_single_blocks=1)
 IMAGE = replace(flux_image(), in_channels=16, patch_size=2, context_in_dim=24, vec_in_dim=24, hidden_size=64, num_heads=2, depth=1, depth_single_blocks=1, axes_dim=(8, 12, 12), guidance_embed=False)
 RECIPE = DiffusionRecipe(TINY, LoopConfig(steps=4, batch_size=6, batches_per_step=2, lr=2e-3, precision="fp32", ema=0.9, save_every=2, sample_every=2, eps=1e-8), dict(t2v=1, i2v_head=2, i2v_loop=1), autoencoder="pocket")
 

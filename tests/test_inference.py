@@ -16,7 +16,7 @@ from opensora_nb.mmdit.model import MMDiT
 from opensora_nb.mmdit.text import TextEncoder, decorate
 
 TINY_AE = replace(dc_ae.pocket(), enc_width=(8, 16, 32, 32), dec_width=(8, 16, 32, 32), enc_depth=(0, 1, 1, 1), dec_depth=(0, 1, 1, 1), scaling_factor=0.7)
-TINY_MMDIT = replace(mmdit.pocket(), hidden_size=64, num_heads=2, depth=1, depth_single_blocks=1)
+TINY_MMDIT = replace(mmdit.pocket(), hidden_size=64, num_heads=2, axes_dim=(8, 12, 12), depth=1, depth_single_blocks=1)
 CFG = SampleConfig(num_frames=12, height=24, width=32, steps=6, guidance=Guidance(steady_steps=2))      # T' = 3, H' = 3, W' = 4
 PROMPTS = ["a red circle", "two blue squares rolling", "snow"]
 

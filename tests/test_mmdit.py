@@ -12,7 +12,7 @@ from opensora_nb.mmdit.model import MMDiT, MMDiTConfig, flux_image, fuse_qkv, hi
 from opensora_nb.mmdit.rope import rope_table, rotate, to_half
 
 GOLDEN = Path(__file__).with_name("golden")
-SMALL = replace(pocket(), hidden_size=64, num_heads=2, depth=2, depth_single_blocks=2, context_in_dim=24, vec_in_dim=20)
+SMALL = replace(pocket(), hidden_size=64, num_heads=2, axes_dim=(8, 12, 12), depth=2, depth_single_blocks=2, context_in_dim=24, vec_in_dim=20)
 VARIANTS = {"video": SMALL, "fused, interleaved": replace(SMALL, fused_qkv=True, rope_layout="interleaved"), "image": replace(SMALL, fused_qkv=True, guidance_embed=True, cond_embed=False),
             "patch 2": replace(SMALL, in_channels=64, patch_size=2), "no bias": replace(SMALL, qkv_bias=False)}
 variants = pytest.mark.parametrize("cfg", VARIANTS.values(), ids=VARIANTS)

@@ -32,7 +32,7 @@ from opensora_nb.mmdit.text import TextEncoder
 
 TINY_AE = replace(dc_ae.pocket(), enc_width=(8, 16, 32, 32), dec_width=(8, 16, 32, 32), enc_depth=(0, 1, 1, 1), dec_depth=(0, 1, 1, 1), scaling_factor=0.7)
 TINY_VAE = hunyuan.HunyuanVAEConfig(latent_channels=16, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2)
-TINY_MMDIT = replace(mmdit.pocket(), hidden_size=64, num_heads=2, depth=1, depth_single_blocks=2)
+TINY_MMDIT = replace(mmdit.pocket(), hidden_size=64, num_heads=2, axes_dim=(8, 12, 12), depth=1, depth_single_blocks=2)
 QUICK = dict(num_frames=12, height=32, width=32, steps=2)
 
 

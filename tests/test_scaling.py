@@ -112,7 +112,7 @@ def test_bad_input_of_a_search_is_one_line():
 @pytest.fixture(scope="module")
 def pipe():
     ae = VideoDCAE(replace(dc_ae.pocket(), enc_width=(8, 16, 32, 32), dec_width=(8, 16, 32, 32), enc_depth=(0, 1, 1, 1), dec_depth=(0, 1, 1, 1), scaling_factor=0.7))
-    model = MMDiT(replace(mmdit.pocket(), hidden_size=64, num_heads=2, depth=1, depth_single_blocks=1))
+    model = MMDiT(replace(mmdit.pocket(), hidden_size=64, num_heads=2, axes_dim=(8, 12, 12), depth=1, depth_single_blocks=1))
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in (*ae.parameters(), *model.parameters()): p.copy_(torch.randn(p.shape, generator=g) * (0.7 * p[0].numel() ** -0.5 if p.ndim > 1 else 0.1))

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 OSNB = [sys.executable, "-m", "opensora_nb.commands.cli"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "opensora_nb.commands.cli"]
 TINY_AE = replace(dc_ae.pocket(), enc_width=(8, 16, 32, 32), dec_width=(8, 16, 32, 32), enc_depth=(0, 1, 1, 1), dec_depth=(0, 1, 1, 1))
-TINY = replace(mmdit.pocket(), hidden_size=64, num_heads=2, depth=1, depth_single_blocks=1)
+TINY = replace(mmdit.pocket(), hidden_size=64, num_heads=2, axes_dim=(8, 12, 12), depth=1, depth_single_blocks=1)
 TABLE = BucketTable({"40px": {1: (1.0, 3), 8: (1.0, 2), 16: (1.0, 2)}}, multiple=8)
 LOOP = LoopConfig(steps=6, batch_size=4, batches_per_step=2, lr=2e-3, precision="fp32", ema=0.9, save_every=3, sample_every=99, eps=1e-8)
 BUCKETED = DiffusionRecipe(TINY, LOOP, dict(t2v=1, i2v_head=2, i2v_loop=1), table=TABLE, autoencoder="pocket")

@@ -33,7 +33,7 @@ from opensora_nb.training.loop import LoopConfig, read_log
 def numbers(log): return {k for k in log if not k.startswith("seconds")} - {"samples_per_s", "memory_gb", "tflops_per_s"}      # columns that are the same in a run that does the same
 
 TINY_AE = replace(dc_ae.pocket(), enc_width=(8, 16, 32, 32), dec_width=(8, 16, 32, 32), enc_depth=(0, 1, 1, 1), dec_depth=(0, 1, 1, 1))
-TINY_MMDIT = replace(mmdit.pocket(), hidden_size=64, num_heads=2, depth=1, depth_single_blocks=1)
+TINY_MMDIT = replace(mmdit.pocket(), hidden_size=64, num_heads=2, axes_dim=(8, 12, 12), depth=1, depth_single_blocks=1)
 TINY_CAUSAL = HunyuanVAEConfig((8, 8, 16, 16), layers_per_block=1, latent_channels=8, norm_num_groups=4, scaling_factor=1.0)
 LOOP = LoopConfig(steps=16, batch_size=3, lr=5e-3, warmup=3, betas=(0.9, 0.99), eps=1e-8, ema=0.8, precision="fp32", save_every=8)
 AE = AutoencoderRecipe(TINY_AE, LOOP, ReconstructionLossConfig(perceptual_weight=0.0), num_frames=4, image_share=0.25)

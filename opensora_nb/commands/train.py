@@ -30,6 +30,7 @@ class Config(TrainConfig):
     batches_per_step: int | None = None        # over all processes, in place of the recipe's
     warmup: int | None = None                  # steps, in place of the recipe's
     ema: float | None = None                   # of averaged weights, in place of the recipe's
+    muon: float | None = None                  # learning rates by which Muon moves the blocks' matrices, in place of the recipe's; 0: AdamW for all
     precision: Literal["bf16", "fp32"] | None = None                         # in place of the recipe's
     save_every: int | None = None              # steps between checkpoints, in place of the recipe's
     sample_every: int | None = None            # steps between clips drawn on the way, in place of the recipe's; 0: none
@@ -37,10 +38,11 @@ class Config(TrainConfig):
     checkpointing: tuple[int, int] | None = None     # double and single blocks computed again in the backward pass, in place of the recipe's
     context_parallel: int | None = None        # processes that share the tokens of a clip, in place of the recipe's
     offload: bool | None = None                # what these keep waits in the host's memory, in place of the recipe's
+    mirror: bool | None = None                 # every clip once more with left and right exchanged (pocket recipes), in place of the recipe's
     lora_rank: int | None = None               # low-rank adaptation, in place of the recipe's; 0: all weights
 
-LOOP = ("steps", "batch_size", "lr", "seed", "batches_per_step", "warmup", "ema", "precision", "save_every", "sample_every")
-OWN = ("engine", "drop_text", "checkpointing", "offload", "context_parallel", "lora_rank")
+LOOP = ("steps", "batch_size", "lr", "seed", "batches_per_step", "warmup", "ema", "muon", "precision", "save_every", "sample_every")
+OWN = ("engine", "drop_text", "checkpointing", "offload", "context_parallel", "lora_rank", "mirror")
 
 def asked_recipe(cfg: Config):
     "The recipe with what was asked for in its place. Raises UserError for values that make no sense."
@@ -72,9 +74,10 @@ def source_of(cfg: Config, recipe, models, engine):
     from opensora_nb.training.diffusion import CachedLatents, LiveClips, fingerprint, latent_cache
     if recipe.table is None:
         size, frames = POCKET_SIZES.get(cfg.recipe, (64, 32))
-        if engine.main: latent_cache(cfg.out / "data", cfg.training_clips(size, frames), models.autoencoder, models.text)
+        clips = lambda: cfg.training_clips(size, frames).mirrored() if recipe.mirror else cfg.training_clips(size, frames)
+        if engine.main: latent_cache(cfg.out / "data", clips(), models.autoencoder, models.text)
         engine.wait()
-        return latent_cache(cfg.out / "data", cfg.training_clips(size, frames), models.autoencoder, models.text, quiet=True)
+        return latent_cache(cfg.out / "data", clips(), models.autoencoder, models.text, quiet=True)
     if cfg.data is None: raise UserError(f"{cfg.recipe} wants clips (--data): a folder made by `osnb curate`, or a training table")
     table, origin = ClipTable.read(cfg.data), str(cfg.data)
     if cfg.cache is None:

@@ -52,7 +52,9 @@ class TrainConfig:
         return self._world(1, count, size, num_frames)
 
     def _world(self, seed: int, count: int, size: int, num_frames: int) -> ClipCache:
-        return world_cache(self.out / "data" / f"pocket-world-{seed}-{count}x{num_frames}-{size}px.safetensors", seed, count, size, num_frames)
+        render = 64 if 64 % size == 0 else size                       # once for all the sizes that stages go through
+        cache = world_cache(self.out / "data" / f"pocket-world-{seed}-{count}x{num_frames}-{render}px.safetensors", seed, count, render, num_frames)
+        return cache if size == render else cache.shrunk(size)
 
     def start_from(self, kind: str) -> Path | None:
         "The weights named by `init`; asked for before clips are rendered or encoded, for a wrong name should not take minutes to show."

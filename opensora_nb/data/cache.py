@@ -6,9 +6,9 @@
 __all__ = ['ClipCache', 'world_cache', 'curated_cache']
 
 # %% ../../nbs/data/15_cache.ipynb #14c31745
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-import json, numpy as np
+import json, re, numpy as np
 from tqdm import tqdm
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -30,6 +30,21 @@ class ClipCache:
         if len({len(forms) for forms in self.captions}) > 1: raise ValueError("every clip needs the same number of caption forms")
 
     def __len__(self) -> int: return len(self.clips)
+
+    def shrunk(self, size: int) -> "ClipCache":
+        "The same clips at a smaller size, means over squares of pixels; motion is measured anew. Raises ValueError where `size` does not divide theirs."
+        from opensora_nb.data.scores import motion_score
+        from opensora_nb.data.world import rgb_luma
+        N, T, H, W, _ = self.clips.shape
+        if H % size or W % size: raise ValueError(f"{size} px does not divide clips of {H} x {W}")
+        small = np.stack([clip.reshape(T, size, H // size, size, W // size, 3).mean((2, 4)).round().astype(np.uint8) for clip in self.clips])
+        return replace(self, clips=small, motion=np.array([motion_score(rgb_luma(clip)) for clip in small], np.float32), origin=f"{self.origin}, shrunk to {size} px")
+
+    def mirrored(self) -> "ClipCache":
+        "These clips, and each of them once more with left and right exchanged, in the picture and in its captions."
+        other = dict(left="right", right="left")
+        turned = [[re.sub(r"\b(left|right)\b", lambda m: other[m[0]], form) for form in forms] for forms in self.captions]
+        return replace(self, clips=np.concatenate([self.clips, self.clips[:, :, :, ::-1]]), captions=self.captions + turned, motion=np.concatenate([self.motion] * 2), origin=f"{self.origin}, and mirrored")
 
     def save(self, path: str | Path) -> None:
         "One safetensors file; texts travel in its metadata."

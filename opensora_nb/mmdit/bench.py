@@ -428,7 +428,7 @@ class MMDiTBench:
 
 def quick(cfg: MMDiTBench) -> MMDiTBench:
     "Seconds instead of minutes: every line runs, no figure means much."
-    tiny = replace(pocket(), hidden_size=64, num_heads=2, depth=1, depth_single_blocks=2, context_in_dim=24, vec_in_dim=20, cond_embed=False, rope_layout="interleaved")
+    tiny = replace(pocket(), hidden_size=64, num_heads=2, axes_dim=(8, 12, 12), depth=1, depth_single_blocks=2, context_in_dim=24, vec_in_dim=20, cond_embed=False, rope_layout="interleaved")
     return replace(cfg, repetitions=1, cases=(Case("tiny", tiny, (2, 4, 4), words=6),), ways=("ours", "ours, oneDNN"), load=replace(tiny, hidden_size=256, num_heads=8), gpu=(GPUCase("tiny", (2, 8, 8)),))
 
 def _machine() -> dict:

@@ -93,8 +93,8 @@ def flux_image() -> MMDiTConfig:
 
 def pocket() -> MMDiTConfig:
     "The same architecture for two CPU cores: 16-channel latents, patch 1, a 384-wide sentence encoder."
-    return MMDiTConfig(in_channels=16, patch_size=1, context_in_dim=384, vec_in_dim=384, hidden_size=192, num_heads=6,
-                       depth=2, depth_single_blocks=4, axes_dim=(8, 12, 12))
+    return MMDiTConfig(in_channels=16, patch_size=1, context_in_dim=384, vec_in_dim=384, hidden_size=192, num_heads=3,
+                       depth=2, depth_single_blocks=4, axes_dim=(16, 24, 24))
 
 # %% ../../nbs/mmdit/03_model.ipynb #5344ee0f
 def timestep_embedding(t: Tensor, dim: int = 256, max_period: float = 10_000.0, time_factor: float = 1000.0) -> Tensor:

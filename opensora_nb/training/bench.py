@@ -131,7 +131,7 @@ def kept(model: MMDiT, how: Keeping) -> Iterator[Offload | None]:
 
 def slim() -> MMDiTConfig:
     "All 57 blocks of the published model, a thirty-second as wide."
-    return replace(pocket(), hidden_size=96, num_heads=3, depth=19, depth_single_blocks=38)
+    return replace(pocket(), hidden_size=96, num_heads=3, axes_dim=(8, 12, 12), depth=19, depth_single_blocks=38)
 
 def keeping_run(how: dict, model: dict, video: list[int], batch: int, steps: int, device: str = "cpu", threads: int = 1) -> dict:
     "Memory that a process grows by while it trains, in MB, and seconds of a step: on the clock, and of processors; call it in a fresh process."
@@ -342,7 +342,7 @@ def speed_up(rows: list[dict]) -> list[dict]:
 def tiny_cases() -> tuple[TrainCase, ...]:
     "Both kinds of autoencoder with almost nothing in them: shows that every line runs."
     from opensora_nb.autoencoder.dc_ae import pocket as pocket_dc_ae
-    small = replace(pocket(), hidden_size=64, num_heads=2, depth=1, depth_single_blocks=1, context_in_dim=32, vec_in_dim=32)
+    small = replace(pocket(), hidden_size=64, num_heads=2, axes_dim=(8, 12, 12), depth=1, depth_single_blocks=1, context_in_dim=32, vec_in_dim=32)
     dc_ae = replace(pocket_dc_ae(), enc_width=(8, 16, 32, 32), dec_width=(8, 16, 32, 32), enc_depth=(0, 1, 1, 1), dec_depth=(0, 1, 1, 1))
     causal = HunyuanVAEConfig(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4)
     return TrainCase("768 px, 129 frames", replace(small, in_channels=64, patch_size=2), causal, Shape(5, 32, 32, 1), 8, 0.01, 0.001), TrainCase("768 px, 128 frames, DC-AE", small, dc_ae, Shape(8, 32, 32, 2), 8)
@@ -364,7 +364,7 @@ class TrainBench:
 
 def quick(cfg: TrainBench) -> TrainBench:
     "Seconds instead of minutes: every line runs, no figure means much."
-    return replace(cfg, repetitions=1, steps=4, batch=2, lengths=(1, 8), memory_mb=300, slim=replace(pocket(), hidden_size=64, num_heads=2), video=(2, 4, 4), cards=tiny_cases())
+    return replace(cfg, repetitions=1, steps=4, batch=2, lengths=(1, 8), memory_mb=300, slim=replace(pocket(), hidden_size=64, num_heads=2, axes_dim=(8, 12, 12)), video=(2, 4, 4), cards=tiny_cases())
 
 def bench_train(cfg: TrainBench = TrainBench(), command: str = "", say: Callable[[str], None] = print) -> dict:
     "Everything above, as one JSON-able record."

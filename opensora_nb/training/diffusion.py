@@ -256,6 +256,7 @@ class DiffusionRecipe:
     engine: str = "auto"               # single, ddp, zero2, fsdp or colossalai; auto: by how it was started
     context_parallel: int = 1          # processes that share the tokens of a clip
     lora_rank: int = 0                 # train low-rank matrices beside frozen weights; 0: train the weights
+    mirror: bool = False               # every clip of the pocket world, or of a cache, once more with left and right exchanged
     release_shift: bool = False        # t shifted by H W / 4 at any patch, as the release trains
 
     def __post_init__(self):
@@ -265,9 +266,9 @@ class DiffusionRecipe:
         if self.lora_rank < 0 or self.context_parallel < 1: raise ValueError(f"lora_rank must not be negative and context_parallel at least 1, got {self.lora_rank} and {self.context_parallel}")
 
 def pocket_recipe() -> DiffusionRecipe:
-    "5.2 million parameters, 512 video tokens; a quarter of the samples without image, because nobody lends us a text-to-image model to start from."
-    return DiffusionRecipe(pocket(), LoopConfig(steps=2000, batch_size=8, lr=2e-3, warmup=50, final_lr=0.05, betas=(0.9, 0.99), eps=1e-8, ema=0.995, save_every=100, sample_every=500),
-                           dict(t2v=1, i2v_head=3), autoencoder="pocket")
+    "5.2 million parameters, 512 video tokens; every seventh sample without image, because nobody lends us a text-to-image model to start from."
+    return DiffusionRecipe(pocket(), LoopConfig(steps=4000, batch_size=16, lr=2e-3, muon=2.7, warmup=50, final_lr=0.03, betas=(0.9, 0.99), eps=1e-8, ema=0.998, save_every=100, sample_every=500),
+                           dict(t2v=1, i2v_head=5, i2v_loop=0.5, i2v_tail=0.5), drop_text=0.2, autoencoder="pocket")
 
 # %% ../../nbs/training/02_diffusion.ipynb #250424ae
 def diffusion_loss(model: MMDiT, given: LatentBatch, recipe: DiffusionRecipe, generator: torch.Generator) -> dict[str, Tensor]:

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Loss', 'Prepare', 'Sample', 'LoopConfig', 'learning_rate', 'Batch', 'Feed', 'source_of_noise', 'sample_indices',
-           'Indices', 'Shuffled', 'update_average', 'StopRequest', 'Step', 'Player', 'Rival', 'Progress', 'learned',
-           'advance', 'Records', 'Silence', 'memory_gb', 'read_log', 'put', 'averaged_weights', 'train']
+           'Indices', 'Shuffled', 'update_average', 'StopRequest', 'make_optimizer', 'Together', 'Step', 'Player',
+           'Rival', 'Progress', 'learned', 'advance', 'Records', 'Silence', 'memory_gb', 'read_log', 'put',
+           'averaged_weights', 'train']
 
 # %% ../../nbs/training/00_loop.ipynb #5acc7d7a
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,7 @@ class LoopConfig:
     betas: tuple[float, float] = (0.9, 0.999)   # AdamW
     eps: float = 1e-15                 # AdamW; report section 4.2
     weight_decay: float = 0.0          # AdamW
+    muon: float = 0.0                  # the blocks' matrices learn by Muon, at so many times the learning rate; 0: all by AdamW (the report)
     clip: float = 1.0                  # largest gradient norm
     ema: float = 0.99                  # of the averaged weights, which are the ones to use; 0: none
     precision: str = "bf16"            # of activations: bf16 (autocast) or fp32; weights are float32
@@ -51,6 +53,7 @@ class LoopConfig:
         for lr in (self.lr, *(lr for _, lr in self.lr_switch)):
             if not 0 < lr < math.inf: raise ValueError(f"lr must be a number above 0, got {lr}")
         if list(self.lr_switch) != sorted(self.lr_switch): raise ValueError(f"lr_switch must be in the order of steps, got {self.lr_switch}")
+        if not 0 <= self.muon < math.inf: raise ValueError(f"muon is a number of learning rates, 0 or above, got {self.muon}")
         if not 0 <= self.ema < 1: raise ValueError(f"ema must be at least 0 and below 1, got {self.ema}")
 
 def learning_rate(cfg: LoopConfig, step: int) -> float:
@@ -149,6 +152,38 @@ class StopRequest:
     def __exit__(self, *error):
         for s, handler in self.before.items(): signal.signal(s, handler)
 
+# %% ../../nbs/training/00_loop.ipynb #62280d0b
+def make_optimizer(params: Sequence[nn.Parameter], cfg: LoopConfig, matrices: Sequence[nn.Parameter] = ()) -> torch.optim.Optimizer:
+    """AdamW, as the report has it; or, where `cfg.muon` asks for it, Muon for `matrices` and AdamW for the rest. A group's `times` is how many learning rates it moves by.
+
+    Raises UserError where matrices lie in shards, for Muon wants them whole, and for a PyTorch that has no Muon (before 2.9).
+    """
+    if not cfg.muon or not matrices: return torch.optim.AdamW(params, cfg.lr, cfg.betas, cfg.eps, cfg.weight_decay)
+    if any(hasattr(p, "full_tensor") for p in matrices): raise UserError("muon wants whole matrices, and this engine keeps them in shards: choose --engine ddp, or muon 0")
+    if not hasattr(torch.optim, "Muon"): raise UserError(f"muon wants PyTorch 2.9, and this is {torch.__version__}: choose muon 0")
+    theirs = {id(p) for p in matrices}
+    return Together(torch.optim.Muon([dict(params=list(matrices), times=cfg.muon)], cfg.lr, cfg.weight_decay, adjust_lr_fn="match_rms_adamw"),
+                    torch.optim.AdamW([dict(params=[p for p in params if id(p) not in theirs], times=1.0)], cfg.lr, cfg.betas, cfg.eps, cfg.weight_decay))
+
+class Together(torch.optim.Optimizer):
+    "Optimizers of different parameters as one, with one state to save."
+    def __init__(self, *optimizers: torch.optim.Optimizer):
+        super().__init__([group for o in optimizers for group in o.param_groups], {})
+        self.optimizers = optimizers
+        self._share()
+
+    def _share(self) -> None:
+        "The parts work on the groups and the state of the whole."
+        groups = iter(self.param_groups)
+        for o in self.optimizers: o.state, o.param_groups = self.state, [next(groups) for _ in o.param_groups]
+
+    def step(self, closure=None) -> None:
+        for o in self.optimizers: o.step()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
 # %% ../../nbs/training/00_loop.ipynb #878e4e00
 Loss = Callable[[Any, torch.Generator], dict[str, torch.Tensor]]       # a batch, or what was prepared of it, and a source of noise -> {"loss": mean over the batch, anything else to log}
 Prepare = Callable[[Batch, torch.Generator], Any]                      # what frozen models make of a batch: its latents, say
@@ -162,10 +197,10 @@ class Step(nn.Module):
     def forward(self, *given): return self.loss(*given)
 
 class Player:
-    "Modules that learn by one AdamW, on an engine. name: whose loss it is, for the error. units: parts that may be gathered one at a time."
+    "Modules that learn by one optimizer, on an engine. name: whose loss it is, for the error. units: parts that may be gathered one at a time; their matrices are what `cfg.muon` is about."
     def __init__(self, name: str, loss: Callable[..., dict[str, torch.Tensor]], modules: Sequence[nn.Module], cfg: LoopConfig, engine: Engine | None = None, units: Sequence[nn.Module] = ()):
         self.name, self.cfg, self.engine = name, cfg, engine or Engine("cpu")
-        self.step, self.optimizer = self.engine.prepare(Step(loss, modules), lambda params: torch.optim.AdamW(params, cfg.lr, cfg.betas, cfg.eps, cfg.weight_decay), [*units, *modules])      # the model too: it is called by itself to draw samples
+        self.step, self.optimizer = self.engine.prepare(Step(loss, modules), lambda params: make_optimizer(params, cfg, [p for unit in units for p in learning(unit) if p.ndim == 2]), [*units, *modules])      # the model too: it is called by itself to draw samples
         self.params, self.finite = learning(self.step), True
 
     def precision(self) -> AbstractContextManager:
@@ -183,7 +218,7 @@ class Player:
 
     def update(self, step: int) -> torch.Tensor:
         "One step along the clipped gradient; its norm before clipping. Raises UserError, on every process and with weights as they were, where norm or loss is not finite."
-        for group in self.optimizer.param_groups: group["lr"] = learning_rate(self.cfg, step)
+        for group in self.optimizer.param_groups: group["lr"] = learning_rate(self.cfg, step) * group.get("times", 1)
         norm = self.engine.clip(self.params, self.optimizer, self.cfg.clip)
         if self.engine.any(not (self.finite and torch.isfinite(norm))):
             raise UserError(f"{self.name} is not finite at step {step + 1}: lower the learning rate ({self.cfg.lr}) and start from the last checkpoint")
