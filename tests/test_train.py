@@ -71,7 +71,7 @@ def live(folder, models): return LiveClips(ClipTable.read(folder / "table.csv"),
 
 
 # ---- one process, two processes ----
-PAIR = ("pocket", "--data", "four.safetensors", "--init", "shipped", "--batch-size", 4, "--batches-per-step", 2, "--precision", "fp32", "--save-every", 5, "--lr", 1e-4, "--warmup", 0, "--sample-every", 0)
+PAIR = ("pocket", "--muon", 0, "--data", "four.safetensors", "--init", "shipped", "--batch-size", 4, "--batches-per-step", 2, "--precision", "fp32", "--save-every", 5, "--lr", 1e-4, "--warmup", 0, "--sample-every", 0)
 
 def test_one_process_and_two_give_one_curve_and_the_one_goes_on_where_the_two_stopped(folder, tmp_path):
     common = (*PAIR, "--steps", 20, "--out", tmp_path)

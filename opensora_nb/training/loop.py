@@ -156,10 +156,9 @@ class StopRequest:
 def make_optimizer(params: Sequence[nn.Parameter], cfg: LoopConfig, matrices: Sequence[nn.Parameter] = ()) -> torch.optim.Optimizer:
     """AdamW, as the report has it; or, where `cfg.muon` asks for it, Muon for `matrices` and AdamW for the rest. A group's `times` is how many learning rates it moves by.
 
-    Raises UserError where matrices lie in shards, for Muon wants them whole, and for a PyTorch that has no Muon (before 2.9).
+    Raises UserError for a PyTorch that has no Muon (before 2.9).
     """
     if not cfg.muon or not matrices: return torch.optim.AdamW(params, cfg.lr, cfg.betas, cfg.eps, cfg.weight_decay)
-    if any(hasattr(p, "full_tensor") for p in matrices): raise UserError("muon wants whole matrices, and this engine keeps them in shards: choose --engine ddp, or muon 0")
     if not hasattr(torch.optim, "Muon"): raise UserError(f"muon wants PyTorch 2.9, and this is {torch.__version__}: choose muon 0")
     theirs = {id(p) for p in matrices}
     return Together(torch.optim.Muon([dict(params=list(matrices), times=cfg.muon)], cfg.lr, cfg.weight_decay, adjust_lr_fn="match_rms_adamw"),
