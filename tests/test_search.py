@@ -49,7 +49,7 @@ def test_a_trial_that_takes_too_much_is_ended_and_the_next_one_runs():
 @pytest.mark.slow
 def test_a_trial_can_be_that_of_one_of_several_who_share_weights_and_clips():
     found = []
-    for more in ({}, dict(gpus=2, changes=dict(engine="zero2", context_parallel=2))):
+    for more in ({}, dict(gpus=3, changes=dict(engine="zero2", context_parallel=3))):
         watched = Watched("pocket", memory_mb=2000, cached=True, say=lambda line: None, **more)
         try: found.append(watched(32, 64, 64, 4))
         finally: watched.close()
