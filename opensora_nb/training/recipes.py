@@ -70,17 +70,17 @@ def pocket() -> DiffusionRecipe:
 def pocket_stage1() -> DiffusionRecipe:
     "Stage 1 in pocket size: 32 px, text to video; a quarter of the tokens, so that a step of twice the clips takes half the time."
     recipe = pocket_recipe()
-    return replace(recipe, loop=replace(recipe.loop, steps=600, batch_size=32, lr=3e-3, final_lr=0.5), condition_weights=dict(t2v=1), mirror=True)
+    return replace(recipe, loop=replace(recipe.loop, steps=707, batch_size=32, lr=3e-3, final_lr=0.5), condition_weights=dict(t2v=1), mirror=True)
 
 def pocket_stage2() -> DiffusionRecipe:
     "Stage 2 in pocket size: 32 px, with images."
     recipe = pocket_stage1()
-    return replace(recipe, loop=replace(recipe.loop, steps=800, lr=2.2e-3, final_lr=0.3, warmup=20), condition_weights=pocket_recipe().condition_weights)
+    return replace(recipe, loop=replace(recipe.loop, steps=872, lr=2.2e-3, final_lr=0.3, warmup=20), condition_weights=pocket_recipe().condition_weights)
 
 def pocket_stage3() -> DiffusionRecipe:
     "Stage 3 in pocket size: 64 px, with images; its weights are shipped."
     recipe = pocket_recipe()
-    return replace(recipe, loop=replace(recipe.loop, steps=1200, lr=1.6e-3, warmup=20))
+    return replace(recipe, loop=replace(recipe.loop, steps=1150, lr=1.6e-3, warmup=20))
 
 def pocket_lora() -> DiffusionRecipe:
     "Low-rank tuning in pocket size."
