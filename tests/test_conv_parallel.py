@@ -149,6 +149,15 @@ def test_half_precision_and_shared_convolutions(said):
 
 def failing(): raise ZeroDivisionError("in a process")
 
+def written(x: torch.Tensor) -> torch.Tensor:
+    x += 1 + dist.get_rank(); dist.barrier()
+    return x
+
+@pytest.mark.slow
+def test_what_one_process_writes_into_its_arguments_no_other_sees():
+    given = torch.zeros(3)
+    assert [x.tolist() for x in run_processes(written, 2, given)] == [[1] * 3, [2] * 3] and not given.any()
+
 @pytest.mark.slow
 def test_an_error_in_a_process_is_raised_here():
     with pytest.raises(Exception, match="ZeroDivisionError: in a process"): run_processes(failing, 1)

@@ -281,7 +281,7 @@ def _member(rank: int, function: Callable, processes: int, folder: str, timeout_
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", processes)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=timedelta(seconds=timeout_s))
-    try: torch.save(function(*args), f"{folder}/{rank}.pt")
+    try: torch.save(function(*copy.deepcopy(args)), f"{folder}/{rank}.pt")        # tensors come in memory that all of the processes share
     finally: dist.destroy_process_group()
 
 def run_processes(function: Callable, processes: int, *args, timeout_s: float = 300) -> list[Any]:
