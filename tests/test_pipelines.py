@@ -292,8 +292,8 @@ def test_a_table_is_shared_by_processes_named_by_row_and_seed_and_goes_on_where_
     (tmp_path / "clips/0001-00008.mp4").unlink(); Image.fromarray(picture(seed=3)).save(tmp_path / "a.png")
     assert main(command) == 0 and [line == "there already)" for line in lines(capsys)] == [True, True, False, False, False, False], "another picture of the same name is another picture"
     assert main(command) == 0 and set(lines(capsys)) == {"there already)"}
-    assert main([*command, "--motion-score", "1", "--refine-prompt"]) == 0 and "there already)" not in lines(capsys)
-    assert main([*command, "--motion-score", "1", "--refine-prompt"]) == 0 and set(lines(capsys)) == {"there already)"}
+    assert main([*command, "--motion-score", "1", "--refine-prompt", "True"]) == 0 and "there already)" not in lines(capsys)
+    assert main([*command, "--motion-score", "1", "--refine-prompt", "True"]) == 0 and set(lines(capsys)) == {"there already)"}
 
 def test_conditions_longer_films_and_drawn_pictures_as_typed(weights, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -10,6 +10,7 @@ import json, os, sys, time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Literal, Mapping
+import tyro
 from ..autoencoder.tiling import RELEASE
 from ..cluster.files import UserError, existing
 from ..data.captions import HttpConfig
@@ -43,7 +44,7 @@ class Config:
     t2i2v: bool = False                        # draw a first frame from the text, and begin with that
     image_model: Path | None = None            # FLUX in the layout of diffusers, for --t2i2v; without it the pocket's image model draws, or, with other weights, the video model
     motion_score: float | Literal["auto", "dynamic"] = 4   # how much should move, in grey levels a frame: 1 hardly, 7 a lot; auto (the release says dynamic): what the prompt's words say
-    refine_prompt: bool = False                # complete the prompts to what the model was trained on
+    refine_prompt: tyro.conf.FlagConversionOff[bool] = False   # complete the prompts to what the model was trained on
     http: HttpConfig = field(default_factory=HttpConfig)   # server with OpenAI's chat protocol for auto and refine-prompt; without it they go by rule
     num_sample: int = 1                        # clips of each prompt, with seeds SEED, SEED + 1, ...
     seed: int = 42                             # of the first clip's noise

@@ -6,12 +6,12 @@
 __all__ = ['OWN', 'Config', 'asked_job', 'run']
 
 # %% ../../nbs/commands/10_plan.ipynb #92dfa0b2
-import difflib, json
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 import tyro
-from ..cluster.files import UserError
+from ..cluster.files import UserError, named
 
 # %% ../../nbs/commands/10_plan.ipynb #2ef25afb
 @dataclass(frozen=True)
@@ -46,10 +46,8 @@ def asked_job(cfg: Config):
     from opensora_nb.data.buckets import BucketTable
     from opensora_nb.training.plan import Shape, job_of
     from opensora_nb.training.recipes import RECIPES, REPORTED
-    if cfg.recipe not in RECIPES:
-        near = difflib.get_close_matches(cfg.recipe, RECIPES, n=1, cutoff=0.4)
-        raise UserError(f"no recipe {cfg.recipe!r}" + (f", did you mean {near[0]!r}?" if near else "") + f" (there are {', '.join(RECIPES)})")
-    gpus, recipe = cfg.gpus or (REPORTED[cfg.recipe].gpus if cfg.recipe in REPORTED and cfg.gpus is None else 1), RECIPES[cfg.recipe]()
+    recipe = named(cfg.recipe, RECIPES, "recipe")()
+    gpus = cfg.gpus or (REPORTED[cfg.recipe].gpus if cfg.recipe in REPORTED and cfg.gpus is None else 1)
     if cfg.gpus is not None and cfg.gpus < 1: raise UserError(f"a plan is for at least 1 GPU, got {cfg.gpus}")
     if cfg.buckets: recipe = replace(recipe, table=BucketTable.read(cfg.buckets))
     job = replace(job_of(recipe, cfg.recipe, gpus), **{name: value for name in OWN if (value := getattr(cfg, name)) is not None})

@@ -8,9 +8,9 @@ __all__ = ['LOOP', 'OWN', 'Config', 'asked_recipe', 'encoders', 'source_of', 'lo
 # %% ../../nbs/commands/04_train.ipynb #03bbe0c3
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 import tyro
-from ..cluster.files import UserError, existing
+from ..cluster.files import UserError, existing, named
 from ..cluster.weights import shipped
 from .train_ae import TrainConfig
 from ..training.recipes import POCKET_SIZES, RECIPES
@@ -19,7 +19,7 @@ from ..training.recipes import POCKET_SIZES, RECIPES
 @dataclass(frozen=True)
 class Config(TrainConfig):
     "Train the MMDiT by flow matching. The recipe says what and how; any of its figures can be given another value."
-    recipe: tyro.conf.Positional[Literal[tuple(RECIPES)]] = "pocket"         # pocket_*: two cores; stage*, hcae_*, image: the report's; lora_*: low-rank tuning
+    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar=f"{{{','.join(RECIPES)}}}")] = "pocket"         # pocket_*: two cores; stage*, hcae_*, image: the report's; lora_*: low-rank tuning
     name: str | None = None                    # the run's folder is OUT/NAME, without it OUT/RECIPE; running the same again goes on where it stopped
     autoencoder: Path | None = None            # autoencoder weights, a file or folder; pocket recipes have theirs
     text_encoders: Path | None = None          # folder with google/t5-v1_1-xxl and openai/clip-vit-large-patch14; pocket recipes have theirs
@@ -47,7 +47,7 @@ OWN = ("engine", "drop_text", "checkpointing", "offload", "context_parallel", "l
 def asked_recipe(cfg: Config):
     "The recipe with what was asked for in its place. Raises UserError for values that make no sense."
     from opensora_nb.data.buckets import BucketTable
-    recipe = RECIPES[cfg.recipe]()
+    recipe = named(cfg.recipe, RECIPES, "recipe")()
     try: recipe = replace(recipe, loop=replace(recipe.loop, **cfg.asked(*LOOP)), **cfg.asked(*OWN))
     except ValueError as e: raise UserError(str(e)) from e
     return replace(recipe, table=BucketTable.read(cfg.buckets)) if cfg.buckets else recipe

@@ -8,10 +8,10 @@ __all__ = ['TrainConfig', 'Config', 'asked_recipe', 'run']
 # %% ../../nbs/commands/03_train_ae.ipynb #58db7e81
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 import tyro
 from ..autoencoder.losses import make_perceptual
-from ..cluster.files import UserError, existing
+from ..cluster.files import UserError, existing, named
 from ..cluster.weights import find_weights, shipped
 from ..data.cache import ClipCache, curated_cache, world_cache
 from ..training.autoencoder import RECIPES, AutoencoderRecipe
@@ -64,7 +64,7 @@ class TrainConfig:
 @dataclass(frozen=True)
 class Config(TrainConfig):
     "Train an autoencoder; ends with the PSNR of clips it has never seen."
-    recipe: tyro.conf.Positional[Literal[tuple(RECIPES)]] = "pocket_dcae"    # dcae_*: the report's, 256 px; *_gan: second phase, needs --init; pocket_*: two cores, 64 px
+    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar=f"{{{','.join(RECIPES)}}}")] = "pocket_dcae"    # dcae_*: the report's, 256 px; *_gan: second phase, needs --init; pocket_*: two cores, 64 px
     name: str | None = None                    # the run's folder is OUT/NAME, without it OUT/RECIPE; running the same again goes on where it stopped
     num_frames: int | None = None              # frames of a training window, in place of the recipe's; 4k + 1 for a causal autoencoder
     size: int | None = None                    # height and width of the clips in pixels, in place of the recipe's
@@ -81,7 +81,7 @@ class Config(TrainConfig):
 
 def asked_recipe(cfg: Config) -> AutoencoderRecipe:
     "The recipe with what was asked for in its place. Raises UserError for values that make no sense, second phases without weights and missing perceptual weights."
-    recipe = RECIPES[cfg.recipe]()
+    recipe = named(cfg.recipe, RECIPES, "recipe")()
     try:
         loss = replace(recipe.loss, **cfg.asked("perceptual_weight", "perceptual_network", "lpips_weights", "kl_weight"))
         recipe = replace(recipe, loop=cfg.loop(recipe.loop), loss=loss, alignment=_alignment(cfg, recipe), **cfg.asked("num_frames", "size", "image_share", "checkpointing"))

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch
 from ..cluster.engine import Engine, make_engine
-from ..cluster.files import UserError, whole
+from ..cluster.files import UserError, named, whole
 from ..data.buckets import BucketTable, num_pixels
 from .diffusion import DiffusionRecipe
 from .recipes import RECIPES
@@ -112,10 +112,7 @@ class Watched:
     recipe: its name. changes: fields that differ. memory_mb: what a trial may take beyond an idle process; on a GPU the card's, if not given. cached: latents come from a cache. gpus: that the training will have, each trial being the first of them. Counts `tried`.
     """
     def __init__(self, recipe: str, changes: dict | None = None, memory_mb: float | None = None, device: str = "cpu", cached: bool = False, threads: int = 1, say: Callable[[str], None] = print, gpus: int = 1):
-        if recipe not in RECIPES:
-            import difflib
-            near = difflib.get_close_matches(recipe, RECIPES, 1)
-            raise UserError(f"no recipe {recipe!r}" + (f", did you mean {near[0]!r}?" if near else "") + f" (there are {', '.join(RECIPES)})")
+        named(recipe, RECIPES, "recipe")
         if device == "cpu" and not memory_mb: raise UserError("on a processor say how much memory a step may take: --memory GB")
         if gpus < 1 or gpus % (shared := recipe_from(dict(name=recipe, changes=changes or {})).context_parallel): raise UserError(f"{gpus} GPUs do not divide into groups of {shared} that share a clip: --gpus {max(1, -(-gpus // shared)) * shared}, or --context-parallel 1")
         self.gpus, self.told, self.limit, self.device, self.cached, self.threads, self.say, self.tried, self.child = gpus, dict(name=recipe, changes=changes or {}), memory_mb, device, cached, threads, say, {}, None
