@@ -89,6 +89,7 @@ class Engine:
     def close(self) -> None:
         "Leaves the group of processes, if there is one."
 
+# %% ../../nbs/cluster/06_engine.ipynb #a47417ce
 def learning(module: nn.Module) -> list[nn.Parameter]:
     "Parameters that require a gradient."
     return [p for p in module.parameters() if p.requires_grad]

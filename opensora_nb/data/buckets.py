@@ -70,6 +70,7 @@ class Bucket:
     width: int
     batch_size: int         # samples of one batch on one device
 
+# %% ../../nbs/data/19_buckets.ipynb #b05aca1f
 @dataclass(frozen=True)
 class BucketTable:
     """Which batches there are, and which clip goes where.

@@ -156,6 +156,7 @@ def totals(parts: dict[str, dict], kinds: Counter, skipped: float | None) -> dic
     sampling = sum(steps[n] * count for n, count in kinds.items())
     return dict(sampling_s=sampling, total_s=sampling + ends, faster={str(n): "batch" if s < n * one else "one by one" for n, s in steps.items() if n > 1}, cached_s=None if skipped is None else sampling * (1 - skipped) + ends, cached_share=skipped)
 
+# %% ../../nbs/inference/08_bench.ipynb #89fe0c4c
 def bench_offload(run: Callable[[], object], latent: Tensor, model: MMDiT, ae: nn.Module, p: SamplingPreset, device: torch.device, say: Callable[[str], None] = print, modes: Sequence[Offload] = ("models", "blocks"), stay_bytes: int = 0, room: float | None = None) -> dict[str, dict]:
     """One pass and the decoding with weights that come when it is their turn: seconds and peak memory; leaves the weights where they were.
 

@@ -102,6 +102,7 @@ def distance(a: Wish, b: Wish) -> float:
     if replace(a, **{name: getattr(b, name) for name in NOTCHES}) != b: return math.inf
     return math.hypot(*((getattr(a, name) - getattr(b, name)) / notch for name, notch in NOTCHES.items()))
 
+# %% ../../nbs/inference/10_gallery.ipynb #deae04e3
 class Gallery:
     "Clips that were made, in a folder. Several processes may use one; broken or strange files are left alone and not listed."
     def __init__(self, folder: str | Path):

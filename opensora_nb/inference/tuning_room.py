@@ -246,6 +246,7 @@ def _make_controls(self: TuningRoom, w) -> None:
     for axis in self.axes: axis[0].observe(lambda change, axis=axis: self._range(axis, change.new), "value")
     for control in (self.step, self.frame): control.observe(lambda change: None if self._setting else self._xrays.put(), "value")
 
+# %% ../../nbs/inference/12_tuning_room.ipynb #ade46f4b
 @patch
 def _build(self: TuningRoom, w):
     def box(children, *names, kind=w.Box):
@@ -322,6 +323,7 @@ def _set(self: TuningRoom, **changes: Any) -> None:
     self._show_wish(); self._say(""); self._saves.put(); self._looks.put()
     if self.live.value: self._asks.put()
 
+# %% ../../nbs/inference/12_tuning_room.ipynb #11c9d498
 @patch
 def _show_wish(self: TuningRoom) -> None:
     "Controls and words say what the tuned side asks for."
@@ -458,6 +460,7 @@ def _put_words(self: TuningRoom, name: str, measures: str) -> None:
     wish = self.sides[name].wish
     self.words[name].value = f'<div class="os-words os-num"><b>{name}</b> {label(said(wish), 200)}<br><span class="os-soft">{measures or "&nbsp;"}</span></div>'
 
+# %% ../../nbs/inference/12_tuning_room.ipynb #44f143f1
 @patch
 def _measure(self: TuningRoom, name: str, kept: Kept) -> None:
     "Settings, and what the clip measures, under the screen."
@@ -472,6 +475,7 @@ def numbers(measures: Mapping[str, float | None]) -> str:
     words = dict(motion="motion {:.1f}", first_frame="first frame {:.0f} dB", flicker="flicker {:.1f}", prompt="prompt {:.0%}")
     return " · ".join(words[k].format(v) for k, v in measures.items() if v is not None)
 
+# %% ../../nbs/inference/12_tuning_room.ipynb #f6863c18
 @patch
 def _ask_now(self: TuningRoom, _) -> None:
     "Asks for the tuned side's clip once the hand rests."
@@ -506,6 +510,7 @@ def _cancel(self: TuningRoom) -> None:
     self._wanted = []
     if visitor := self._visitors.get("make"): visitor.cancel()
 
+# %% ../../nbs/inference/12_tuning_room.ipynb #e403d0d4
 @patch
 def _heard_make(self: TuningRoom, event: Mapping[str, Any]) -> None:
     kind, number = event["event"], event.get("number")

@@ -348,6 +348,7 @@ TABLES = (GPUCase("256 px image", (1, 16, 16), 45), GPUCase("256 px, 33 frames",
 GPU_WAYS = {"eager": {}, "compiled": dict(compile=True), "Triton": dict(kernels="triton"), "compiled, cuDNN": dict(compile=True, attention="cudnn"), "Triton, cuDNN": dict(kernels="triton", attention="cudnn"),
             "Triton, flash": dict(kernels="triton", attention="flash")}
 
+# %% ../../nbs/mmdit/07_bench.ipynb #18a66569
 def _timed(call: Callable[[], object], repetitions: int, device: torch.device, most: float) -> dict:
     "Seconds of calls, the first one apart, at least one and no more than last `most` seconds; peak memory in GB (GPU only)."
     if device.type == "cuda": torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()

@@ -303,6 +303,7 @@ def bench_case(model: MMDiT, optimizer: ShareOfAdam, case: TrainCase, encoders: 
         if problem != "out of memory": break
     return row | dict(missing="; ".join(tried)[-300:])
 
+# %% ../../nbs/training/09_bench.ipynb #0e79fa9c
 def bench_cards(cases: tuple[TrainCase, ...], repetitions: int, device: torch.device, way: str = "Triton, cuDNN", keepings: tuple[Keeping, ...] = TRIED, small: bool = False, say: Callable[[str], None] = print) -> list[dict]:
     "Rows of all cases, with cached inputs and end to end. small: text encoders for a test."
     from opensora_nb.autoencoder.tiling import RELEASE, Tiling

@@ -191,6 +191,7 @@ def _known(x: float) -> float | None: return None if x != x else float(x)
 
 def _texts(batch: LoadedBatch) -> list[str]: return [decorate(text, _known(fps), _known(motion)) for text, fps, motion in zip(batch.text, batch.fps, batch.motion)]
 
+# %% ../../nbs/training/02_diffusion.ipynb #d65fa9cf
 @dataclass
 class _Bucketed:
     "What the two sources below have in common: rows of a table, dealt out by a bucket table."

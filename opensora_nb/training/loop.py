@@ -346,6 +346,7 @@ def _same_run(run: Path, config: dict) -> None:
     else:
         with whole(file) as out: out.write_text(text + "\n")
 
+# %% ../../nbs/training/00_loop.ipynb #8062987b
 class Records(ExitStack):
     "A run's log, its curves and its progress bar, without what an earlier process wrote after `step`."
     def __init__(self, run: Path, step: int, steps: int, quiet: bool):

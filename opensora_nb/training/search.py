@@ -46,6 +46,7 @@ def one_of(gpus: int, recipe: DiffusionRecipe, device: torch.device) -> Engine:
     if recipe.context_parallel > 1: engine.context, engine.group = recipe.context_parallel, dist.new_subgroups(recipe.context_parallel)[0]
     return engine
 
+# %% ../../nbs/training/06_search.ipynb #4b6131b5
 def trial_step(recipe: DiffusionRecipe, frames: int, height: int, width: int, batch: int, cached: bool = False, device: str = "cpu", repetitions: int = 2, gpus: int = 1) -> Iterator[tuple[str, float]]:
     "(part, seconds) of training steps on random clips, one after the other; the models are made once, with random weights. gpus: of which this process is the first."
     from opensora_nb.autoencoder.dc_ae import VideoDCAE, VideoDCAEConfig, pocket
@@ -80,6 +81,7 @@ def trial_step(recipe: DiffusionRecipe, frames: int, height: int, width: int, ba
             engine.backward(loss, player.optimizer); engine.clip(player.params, player.optimizer, recipe.loop.clip); player.optimizer.step(); player.optimizer.zero_grad(set_to_none=True)
             wait(); yield "backward", time.perf_counter() - began
 
+# %% ../../nbs/training/06_search.ipynb #814c1d6d
 _CHILD = """import gc, json, sys, torch
 from opensora_nb.mmdit.bench import memory_mb
 from opensora_nb.training.search import recipe_from, trial_step
