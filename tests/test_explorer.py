@@ -1,5 +1,5 @@
 "The explorer: its arithmetic against the pyramid's own, strangers' labels, and the room in a real browser."
-import os, subprocess, sys, time
+import os, signal, socket, subprocess, sys, time
 from dataclasses import fields, replace
 from pathlib import Path
 import numpy as np, polars as pl, pytest
@@ -238,6 +238,19 @@ def test_a_clip_that_is_gone_or_broken_says_so_in_its_place(collection, tmp_path
 
 COUNT = "document.querySelector('[data-layer=\"1\"] b').dataset.count"
 ROWS = "[...document.querySelectorAll('.os-screen')].map(e => e.dataset.row)"
+
+@pytest.mark.slow
+@needs_browser
+def test_a_taken_port_is_one_line_and_an_interrupt_ends_the_pages(collection):
+    typed = [sys.executable, "-m", "opensora_nb.commands.cli", "serve", "explorer", str(collection), "--no-browser", "--port"]
+    with socket.create_server(("127.0.0.1", 0)) as taken: port = taken.getsockname()[1]; refused = subprocess.run([*typed, str(port)], capture_output=True, text=True)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "already in use" in refused.stderr and "--port" in refused.stderr
+    with subprocess.Popen([*typed, str(port)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as pages:
+        assert f"open http://127.0.0.1:{port}/?token=" in next(iter(pages.stdout)), "it says so when it is ready"
+        socket.create_connection(("127.0.0.1", port)).close()
+        pages.send_signal(signal.SIGINT)                                                         # to the command alone: no terminal that tells the whole group
+        assert pages.wait(60) == 0
+    with pytest.raises(OSError): socket.create_connection(("127.0.0.1", port))
 
 @pytest.mark.slow
 @needs_browser

@@ -60,7 +60,8 @@ def serve_rooms(cfg: Rooms) -> int:
         write_page(pages / "Tuning room.ipynb", TUNING.format(str(write_tuning(home / "tuning.json", cfg))), "Tuning room")
         if explorer: write_page(pages / "Explorer.ipynb", explorer_code(explorer), "Explorer")
         if preference: write_page(pages / "Preference test.ipynb", preference_code(write_study(home / "study.json", preference)), "Which clip is better?")
-        return serve_pages(pages, cfg)
+        about = {"Tuning room": "what motion score and guidance do to a clip", "Explorer": "what each threshold keeps of the footage", "Preference test": "pairs of clips, three questions a pair"}
+        return serve_pages(pages, cfg, {name: line for name, line in about.items() if (pages / f"{name}.ipynb").exists()})
 
 Config = Union[Annotated[Tuning, tyro.conf.subcommand("tuning")], Annotated[Explorer, tyro.conf.subcommand("explorer")],
                Annotated[PreferenceConfig, tyro.conf.subcommand("preference", description="A blinded comparison of sets of clips: three questions a pair, driven by keys.")], Annotated[Rooms, tyro.conf.subcommand("rooms")]]

@@ -14,7 +14,7 @@ __all__ = ['SIDE', 'CELLS', 'BLOCKS', 'PARTS', 'NEAR', 'HORIZONS', 'LAGS', 'DRIF
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Iterable, Sequence
+from typing import Callable, Iterable, Sequence
 import cv2, numpy as np, torch, torch.nn as nn, torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -355,6 +355,8 @@ class Scenes:
     shape: Tensor                      # (N,), place in SHAPES
     color: Tensor                      # (N,), place in COLORS
 
+    def __add__(self, other: "Scenes") -> "Scenes": return Scenes(*(torch.cat([getattr(s, k) for s in (self, other)]) for k in ("frames", "bodies", "shape", "color")))
+
 def body_places(scene: Scene, times: np.ndarray) -> np.ndarray:
     "x, y and radius in pixels of each body at world times, `(T, count, 3)`."
     truth, (pan, zoom) = scene.truth, camera_path(scene.truth, times)
@@ -368,19 +370,23 @@ def body_places(scene: Scene, times: np.ndarray) -> np.ndarray:
 @lru_cache(maxsize=64)
 def _tile(kind: str, seed: int) -> np.ndarray: return texture(kind, 10_000 + seed)
 
-def draw_scenes(count: int, seed: int, frames: int = 6) -> Scenes:
-    "`count` scenes, `frames` evenly spaced moments of each (15 ms a frame); textures come from a pool of 30 tiles, shifted."
+def draw_scenes(count: int, seed: int, frames: int = 6, shown: Callable[[np.ndarray], np.ndarray] | None = None) -> Scenes:
+    """`count` scenes, `frames` evenly spaced moments of each (15 ms a frame); textures come from a pool of 30 tiles, shifted.
+
+    shown: what becomes of a clip of 32 frames before the moments are taken from it, such as an autoencoder.
+    """
     pictures, bodies, words = np.empty((count, frames, SIDE, SIDE, 3), np.uint8), np.full((count, frames, 3, 3), np.nan, np.float32), []
     for i in tqdm(range(count), desc="drawing scenes", unit="scene", mininterval=5):
         rng = np.random.default_rng((seed, i))
         pick = lambda options: str(rng.choice(list(options)))
         truth = Truth(int(rng.integers(2**31)), pick(SHAPES), pick(COLORS), int(rng.integers(1, 4)), pick(ACTIONS), pick(BACKGROUNDS), pick(LIGHTINGS), pick(STYLES), pick(CAMERAS), float(rng.uniform(0, 2)))
         if truth.action == "push": truth = replace(truth, count=max(2, truth.count))
-        times, ways = np.linspace(0, 31 / FPS * truth.pace, frames), rng.uniform(0, 2 * np.pi)
+        times, ways = np.linspace(0, 31 / FPS * truth.pace, 32 if shown else frames), rng.uniform(0, 2 * np.pi)
         back = np.roll(_tile(truth.background, int(rng.integers(6))), rng.integers(512, size=2), (0, 1))
         floor = (_tile(pick(sorted(set(BACKGROUNDS) - {truth.background})), int(rng.integers(6))) * 0.7).astype(np.uint8)
         scene = Scene(truth, back, floor, simulate(truth, float(times[-1]) + 0.1), (DRIFT * np.cos(ways), DRIFT * np.sin(ways)))
-        pictures[i], bodies[i, :, : truth.count] = scene.frames(times, SIDE), body_places(scene, times)
+        clip, places, kept = scene.frames(times, SIDE), body_places(scene, times), np.linspace(0, len(times) - 1, frames).round().astype(int)
+        pictures[i], bodies[i, :, : truth.count] = (shown(clip) if shown else clip)[kept], places[kept]
         words.append((SHAPES.index(truth.shape), list(COLORS).index(truth.color)))
     shape, color = torch.tensor(words).repeat_interleave(frames, 0).T
     return Scenes(torch.from_numpy(pictures).flatten(0, 1), torch.from_numpy(bodies).flatten(0, 1), shape, color)
@@ -411,7 +417,7 @@ def finder_loss(finder: BodyFinder, x: Tensor, bodies: Tensor, shape: Tensor, co
     found = (F.binary_cross_entropy_with_logits(bump[:, 0], near, reduction="none") * (1 + 8 * near)).mean()
     return 4 * found + word(hue, color) + word(form, shape) + mean(F.smooth_l1_loss(rest, to, reduction="none", beta=0.1).sum(1))
 
-def train_finder(scenes: Scenes, steps: int = 600, batch: int = 64, lr: float = 6e-3, seed: int = 0) -> BodyFinder:
+def train_finder(scenes: Scenes, steps: int = 1500, batch: int = 64, lr: float = 6e-3, seed: int = 0) -> BodyFinder:
     "On frames spoiled anew at every step, half of them mirrored."
     torch.manual_seed(seed); rng, finder = np.random.default_rng(seed), BodyFinder()
     optimizer = torch.optim.AdamW(finder.parameters(), weight_decay=1e-4)
@@ -438,7 +444,7 @@ def truth_of(caption: str) -> Truth:
     style = next((s for s in STYLES if f"{s} animation" in text), "shaded")
     return Truth(0, shape, color, count, action, find({k: f"drifting {k}" for k in BACKGROUNDS}) or "clouds", find({k: f"{k} light" for k in LIGHTINGS}) or "bright", style, camera)
 
-def train_reader(seen: Sequence[Observation], truths: Sequence[Truth], epochs: int = 30, batch: int = 128, lr: float = 4e-3, seed: int = 0) -> Reader:
+def train_reader(seen: Sequence[Observation], truths: Sequence[Truth], epochs: int = 60, batch: int = 128, lr: float = 4e-3, seed: int = 0) -> Reader:
     "Each observation is learned as it is and mirrored; numbers are shaken a little, and now and then one is missing. Half a minute."
     other = {"pan left": "pan right", "pan right": "pan left"}
     seen, truths = [*seen, *(s.mirrored() for s in seen)], [*truths, *(replace(t, camera=other.get(t.camera, t.camera)) for t in truths)]
@@ -462,9 +468,9 @@ def save_judge(path: str | Path, finder: BodyFinder, reader: Reader) -> None:
     with whole(path) as out: save_file({f"{name}.{k}": v.half().contiguous() for name, net in (("finder", finder), ("reader", reader)) for k, v in net.state_dict().items()}, out)
 
 # %% ../../nbs/evaluation/01_judge.ipynb #ba92b8bd
-def train_judge(path: str | Path, clips: Iterable[np.ndarray], captions: Sequence[str], scenes: int = 1500, steps: int = 600) -> Judge:
-    "Trains finder and reader and writes them to `path`. clips: `(T, 64, 64, 3)`, uint8, of the pocket world, with their full captions; keep some seeds for testing."
-    finder = train_finder(draw_scenes(scenes, seed=5000), steps)
+def train_judge(path: str | Path, scenes: Scenes, clips: Iterable[np.ndarray], captions: Sequence[str], steps: int = 1500) -> Judge:
+    "Trains finder (on scenes) and reader and writes them to `path`. clips: `(T, 64, 64, 3)`, uint8, of the pocket world, with their full captions; keep some seeds for testing."
+    finder = train_finder(scenes, steps)
     seen = [observe(clip, finder) for clip in tqdm(clips, desc="measuring clips", unit="clip", mininterval=5)]
     save_judge(path, finder, train_reader(seen, [truth_of(c) for c in captions]))
     return Judge(path)
