@@ -93,7 +93,7 @@ def looked_at(cfg: Config, recipe):
     if recipe.table is None:
         size, frames = POCKET_SIZES.get(cfg.recipe, (64, 32))
         held_out = cfg.held_out_clips(size, frames, 4) if cfg.data is None else cfg.training_clips(size, frames)
-        return held_out.clips[:2], [captions[0] for captions in held_out.captions[:2]], float(held_out.motion[:2].mean())
+        return held_out.clips[:2], [captions[0] for captions in held_out.captions[:2]], float(held_out.motion[:2].mean()) if frames > 1 else None
     from opensora_nb.data.buckets import num_pixels
     from opensora_nb.data.loader import ClipTable, Loader
     from opensora_nb.data.sampler import BucketSampler

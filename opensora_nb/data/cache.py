@@ -8,6 +8,7 @@ __all__ = ['ClipCache', 'world_cache', 'curated_cache']
 # %% ../../nbs/data/15_cache.ipynb #14c31745
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Sequence
 import json, re, numpy as np
 from tqdm import tqdm
 from safetensors import safe_open
@@ -20,7 +21,7 @@ class ClipCache:
     "Clips of one size and length with what training wants to know about them."
     clips: np.ndarray                  # (N, T, H, W, 3), uint8 RGB
     captions: list[list[str]]          # for each clip the forms of its caption, longest first, without the motion suffix
-    motion: np.ndarray                 # (N,), float32, VMAF motion of the clip as it is here (grey levels a frame)
+    motion: np.ndarray                 # (N,), float32, VMAF motion of the clip as it is here (grey levels a frame); NaN for a single picture
     fps: float = 24.0                  # of all clips
     origin: str = ""                   # where they came from, for the log
 
@@ -33,12 +34,10 @@ class ClipCache:
 
     def shrunk(self, size: int) -> "ClipCache":
         "The same clips at a smaller size, means over squares of pixels; motion is measured anew. Raises ValueError where `size` does not divide theirs."
-        from opensora_nb.data.scores import motion_score
-        from opensora_nb.data.world import rgb_luma
         N, T, H, W, _ = self.clips.shape
         if H % size or W % size: raise ValueError(f"{size} px does not divide clips of {H} x {W}")
         small = np.stack([clip.reshape(T, size, H // size, size, W // size, 3).mean((2, 4)).round().astype(np.uint8) for clip in self.clips])
-        return replace(self, clips=small, motion=np.array([motion_score(rgb_luma(clip)) for clip in small], np.float32), origin=f"{self.origin}, shrunk to {size} px")
+        return replace(self, clips=small, motion=_motions(small), origin=f"{self.origin}, shrunk to {size} px")
 
     def mirrored(self) -> "ClipCache":
         "These clips, and each of them once more with left and right exchanged, in the picture and in its captions."
@@ -62,14 +61,18 @@ class ClipCache:
                 return cls(f.get_tensor("clips"), json.loads(meta["captions"]), f.get_tensor("motion"), float(meta["fps"]), meta["origin"])
         except Exception as e: raise UserError(f"{path} is not a clip cache: {type(e).__name__} {e}".splitlines()[0]) from e
 
+def _motions(clips: Sequence[np.ndarray]) -> np.ndarray:
+    from opensora_nb.data.scores import motion_score
+    from opensora_nb.data.world import rgb_luma
+    return np.array([motion_score(rgb_luma(clip)) if len(clip) > 1 else np.nan for clip in clips], np.float32)
+
 # %% ../../nbs/data/15_cache.ipynb #4ad54f48
 def world_cache(path: str | Path, seed: int, count: int, size: int = 64, num_frames: int = 32, progress: bool = True) -> ClipCache:
     """`count` clips of the pocket world `seed`, rendered to `path` once (0.15 s each) and read from there afterwards.
 
     Raises UserError where the file holds something else.
     """
-    from opensora_nb.data.world import FPS, caption, render, rgb_luma, world_truth
-    from opensora_nb.data.scores import motion_score
+    from opensora_nb.data.world import FPS, caption, render, world_truth
     origin = f"pocket world, seed {seed}, {count} clips, {num_frames} frames, {size} px"
     if Path(path).exists():
         cache = ClipCache.load(path)
@@ -80,8 +83,7 @@ def world_cache(path: str | Path, seed: int, count: int, size: int = 64, num_fra
         truth = world_truth(seed, i)
         clips[i] = render(truth, size, num_frames)
         captions.append([caption(truth), caption(truth, short=True)])
-    motion = np.array([motion_score(rgb_luma(clip)) for clip in clips], np.float32)
-    cache = ClipCache(clips, captions, motion, FPS, origin)
+    cache = ClipCache(clips, captions, _motions(clips), FPS, origin)
     cache.save(path)
     return cache
 
@@ -93,9 +95,7 @@ def curated_cache(source: str | Path, size: int = 64, num_frames: int = 32, fps:
     Raises UserError where nothing usable is left.
     """
     from opensora_nb.data.manifest import read_clips
-    from opensora_nb.data.scores import motion_score
     from opensora_nb.data.video import decode
-    from opensora_nb.data.world import rgb_luma
     source = Path(source)
     kept = [row for row in read_clips(source).iter_rows(named=True) if row["status"] == "kept" and (row["num_frames"] or 0) >= num_frames]
     clips, captions = [], []
@@ -106,5 +106,4 @@ def curated_cache(source: str | Path, size: int = 64, num_frames: int = 32, fps:
         for k in range(len(frames) // num_frames):
             clips.append(frames[k * num_frames : (k + 1) * num_frames]); captions.append([row["text"] or ""])
     if not clips: raise UserError(f"no kept clip in {source} has {num_frames} frames: curate more footage, or loosen its filters")
-    motion = np.array([motion_score(rgb_luma(clip)) for clip in clips], np.float32)
-    return ClipCache(np.stack(clips), captions, motion, fps, f"curated {source.name}, {len(clips)} windows of {num_frames} frames, {size} px")
+    return ClipCache(np.stack(clips), captions, _motions(clips), fps, f"curated {source.name}, {len(clips)} windows of {num_frames} frames, {size} px")

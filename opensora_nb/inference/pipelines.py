@@ -330,7 +330,7 @@ class PocketPainter:
 
     def __call__(self, prompt: str, size: tuple[int, int], seed: int) -> Tensor:
         "A picture `(3, H, W)` in [-1, 1]."
-        clip = self.sampler([prompt], None, replace(self.cfg, height=size[0], width=size[1], motion_score=1.0), [seed])[0]
+        clip = self.sampler([prompt], None, replace(self.cfg, height=size[0], width=size[1], motion_score=1.0 if self.cfg.num_frames > 1 else None), [seed])[0]
         detail = clip.diff(dim=-1).abs().mean((0, 2, 3)) + clip.diff(dim=-2).abs().mean((0, 2, 3))
         return clip[:, int(detail.argmax())]
 

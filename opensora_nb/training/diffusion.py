@@ -121,7 +121,7 @@ def encode_cache(cache: ClipCache, autoencoder: VideoDCAE, text: TextEncoder, ba
         video = to_video(cache.clips[i : i + batch])
         latents.append(half(autoencoder.encode(video)))
         first.append(half(autoencoder.encode(video[:, :, :1]))); last.append(half(autoencoder.encode(video[:, :, -1:])))
-        forms = [[decorate(form, cache.fps, float(m)) for form in captions] for captions, m in zip(cache.captions[i : i + batch], cache.motion[i : i + batch])]
+        forms = [[decorate(form, cache.fps, _known(m)) for form in captions] for captions, m in zip(cache.captions[i : i + batch], cache.motion[i : i + batch])]
         t, p = text([form for row in forms for form in row])
         tokens.append(half(t).unflatten(0, (len(forms), -1))); pooled.append(half(p).unflatten(0, (len(forms), -1)))
     return LatentCache(*(torch.cat(x) for x in (latents, first, last, tokens, pooled)), *map(half, text([""])), cache.origin)

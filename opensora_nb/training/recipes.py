@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALL_BLOCKS', 'RECIPES', 'POCKET_SIZES', 'REPORTED', 'image', 'stage1_256px_t2v', 'stage2_256px_ti2v',
            'stage3_768px_ti2v', 'hcae_adapt_short', 'hcae_adapt_long', 'lora_256px', 'lora_768px', 'pocket',
-           'pocket_stage1', 'pocket_stage2', 'pocket_stage3', 'pocket_lora', 'Reported']
+           'pocket_stage1', 'pocket_stage2', 'pocket_stage3', 'pocket_image', 'pocket_lora', 'Reported']
 
 # %% ../../nbs/training/04_recipes.ipynb #77462441
 from dataclasses import dataclass, replace
@@ -80,15 +80,21 @@ def pocket_stage2() -> DiffusionRecipe:
 def pocket_stage3() -> DiffusionRecipe:
     "Stage 3 in pocket size: 64 px, with images; its weights are shipped."
     recipe = pocket_recipe()
-    return replace(recipe, loop=replace(recipe.loop, steps=1150, lr=1.6e-3, warmup=20))
+    return replace(recipe, loop=replace(recipe.loop, steps=4450, lr=1.6e-3, warmup=20))
+
+def pocket_image() -> DiffusionRecipe:
+    "Pictures from words in pocket size: the small painter of first frames, 750,000 parameters."
+    recipe = pocket_recipe()
+    return replace(recipe, model=replace(recipe.model, hidden_size=96, num_heads=3, axes_dim=(8, 12, 12), depth=1, depth_single_blocks=2, cond_embed=False),
+                   loop=replace(recipe.loop, steps=4000, batch_size=48, lr=3e-3, final_lr=0.03), condition_weights=dict(t2v=1), drop_text=0.15, mirror=True)
 
 def pocket_lora() -> DiffusionRecipe:
     "Low-rank tuning in pocket size."
     recipe = pocket_recipe()
     return replace(recipe, loop=replace(recipe.loop, steps=200, lr=2e-3, warmup=10, ema=0.9), lora_rank=4)
 
-RECIPES = {f.__name__: f for f in (pocket, pocket_stage1, pocket_stage2, pocket_stage3, pocket_lora, image, stage1_256px_t2v, stage2_256px_ti2v, stage3_768px_ti2v, hcae_adapt_short, hcae_adapt_long, lora_256px, lora_768px)}
-POCKET_SIZES = dict(pocket_stage1=(32, 32), pocket_stage2=(32, 32))        # pixels and frames of the pocket world's clips, where they are not 64 and 32
+RECIPES = {f.__name__: f for f in (pocket, pocket_stage1, pocket_stage2, pocket_stage3, pocket_image, pocket_lora, image, stage1_256px_t2v, stage2_256px_ti2v, stage3_768px_ti2v, hcae_adapt_short, hcae_adapt_long, lora_256px, lora_768px)}
+POCKET_SIZES = dict(pocket_stage1=(32, 32), pocket_stage2=(32, 32), pocket_image=(64, 1))        # pixels and frames of the pocket world's clips, where they are not 64 and 32
 
 # %% ../../nbs/training/04_recipes.ipynb #4aeb2641
 @dataclass(frozen=True)
