@@ -296,7 +296,7 @@ def test_ten_pairs_are_rated_by_keys_with_a_reload_on_the_way(home, study, tmp_p
         page.goto(address, wait_until="commit", timeout=120_000)
         page.locator(".os-who input").fill("ann  b", timeout=120_000); page.keyboard.press("Enter")      # a door that Enter opens
         page.wait_for_function(SEEN, timeout=60_000)
-        assert page.evaluate(STATE) == [0, 0] and page.url.endswith("?rater=ann%20b")
+        page.wait_for_url("**/?rater=ann%20b", wait_until="commit", timeout=20_000); assert page.evaluate(STATE) == [0, 0]
         boxes = page.evaluate("[...document.querySelectorAll('.os-ask, .os-screen')].map(e => JSON.stringify(e.getBoundingClientRect()))")
         a = page.evaluate("[...document.querySelectorAll('video')].map(v => v.currentTime)"); page.wait_for_timeout(250); b = page.evaluate("[...document.querySelectorAll('video')].map(v => v.currentTime)")
         assert a != b and abs(b[0] - b[1]) < 0.2 and page.evaluate("[...document.querySelectorAll('video')].every(v => v.muted && !v.loop)"), "both play, in step"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 from ..cluster.files import UserError
-from ..data.room import FAREWELL, Latest, PageConfig, label, serve_pages, style_tag, tipped, widgets, write_page
+from ..data.room import Latest, PageConfig, label, serve_pages, style_tag, tipped, widgets, write_page
 from ..data.video import VideoError, decode, open_video, probe, write_video
 from .preference import ANSWERS, QUESTIONS, AnswerFile, Pair, Study, open_study, order, read_answers
 
@@ -49,7 +49,6 @@ SCRIPT = """
   const name = NAME, alone = ALONE, room = () => document.querySelector('.' + name);
   if (window[name]) return;
   window[name] = true;
-  FAREWELL
   const keys = {'1': 'left', ArrowLeft: 'left', '2': 'tie', ArrowDown: 'tie', '3': 'right', ArrowRight: 'right', Backspace: 'back', r: 'again', R: 'again'};
   const clips = () => [...(room()?.querySelectorAll('video') ?? [])];
   const ready = v => v.length == 2 && v.map(x => x.seen ||= x.readyState >= 2 || x.error != null).every(Boolean);     // once seen, always: a clip that jumps to its start has no picture for a moment
@@ -150,7 +149,7 @@ class PreferenceRoom:
     def _ipython_display_(self) -> None:
         from IPython.display import Javascript, display
         display(self.ui)
-        display(Javascript(SCRIPT.replace("NAME", json.dumps(self._name), 1).replace("ALONE", json.dumps(self.page), 1).replace("FAREWELL", FAREWELL, 1)))
+        display(Javascript(SCRIPT.replace("NAME", json.dumps(self._name), 1).replace("ALONE", json.dumps(self.page), 1)))
 
     def settle(self, seconds: float = 60.0) -> bool:
         "Waits until the clips are there."

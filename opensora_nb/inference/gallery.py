@@ -9,8 +9,10 @@ __all__ = ['NOTCHES', 'PREVIEWS', 'SHOWN', 'Wish', 'Kept', 'distance', 'Gallery'
 # %% ../../nbs/inference/10_gallery.ipynb #40cf1d9d
 import base64, hashlib, json, math, re, shlex, shutil, time
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 import numpy as np
@@ -254,11 +256,13 @@ def xray(pipeline: AnyToVideo, gallery: Gallery, kept: Kept, step: int, frame: i
     cfg, x, found = wish.sample(pipeline), states[step][None], {}
     kind, refs = ("t2v", []) if wish.picture is None else ("i2v_head", [gallery.picture(wish.picture)])
     given = {end: pipeline.sampler.encode(p.unsqueeze(0)) for end, p in given_pixels(kind, refs, (cfg.height, cfg.width), pipeline.sampler.autoencoder.causal, pipeline.sampler.autoencoder.temporal_compression, cfg.fps).items()}
+    sampler, encoded = copy(pipeline.sampler), cache(lambda *texts: pipeline.sampler.text(texts))
+    sampler.text = lambda texts: encoded(*texts)                      # all passes have the same words
     for name, (text, image) in SHOWN.items():
         if name == "the image" and not given: continue
         alone = replace(cfg, guidance=Guidance(text, image, False, False, False), solver="euler", cache=0.0, write_back=False)
         def once(velocity, noise, ts): found[name], found["t"] = velocity(x.to(noise), float(ts[step]), step), float(ts[step]); return noise
-        pipeline.sampler.sample_latent([wish.prompt], given or None, alone, [wish.seed], kind=kind, solver=once)
+        sampler.sample_latent([wish.prompt], given or None, alone, [wish.seed], kind=kind, solver=once)
     t = found.pop("t")
     text_scale = float(text_strength(cfg.guidance, cfg.steps)[step])
     scales = image_strength(cfg.guidance, cfg.steps, x.shape[2])[step]

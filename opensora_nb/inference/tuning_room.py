@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import parse_qs
 import numpy as np
 from ..cluster.files import UserError, whole
-from ..data.room import FAREWELL, Latest, PageConfig, label, serve_pages, style_tag, tipped, widgets, write_page
+from ..data.room import Latest, PageConfig, label, serve_pages, style_tag, tipped, widgets, write_page
 from ..data.video import decode, iter_frames, resize_crop, to_rgb
 from ..data.world import caption, render, world_truth
 from ..flow.guidance import image_strength, text_strength
@@ -61,7 +61,6 @@ SCRIPT = """
   const name = NAME, alone = ALONE, guest = GUEST, room = () => document.querySelector('.' + name);
   if (window[name]) return;
   window[name] = true;
-  FAREWELL
   if (alone && guest) document.cookie = 'os_guest=' + guest + ';path=/;max-age=31536000;samesite=lax';
   let still = false;
   const clips = () => [...(room()?.querySelectorAll('.os-sync video') ?? [])].filter(v => v.readyState >= 2 && v.offsetParent);
@@ -181,7 +180,7 @@ class TuningRoom:
         from IPython.display import Javascript, display
         display(self.ui)
         script = SCRIPT
-        for word, value in (("NAME", json.dumps(self._name)), ("ALONE", json.dumps(self.page)), ("GUEST", json.dumps(self.guest)), ("FAREWELL", FAREWELL)): script = script.replace(word, value, 1)
+        for word, value in (("NAME", json.dumps(self._name)), ("ALONE", json.dumps(self.page)), ("GUEST", json.dumps(self.guest))): script = script.replace(word, value, 1)
         display(Javascript(script))
 
     def settle(self, seconds: float = 60.0) -> bool:
