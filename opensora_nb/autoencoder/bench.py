@@ -328,7 +328,7 @@ def report(result: dict) -> str:
     lines.append("largest differences, as a share of the largest number")
     for e in result["equality"]: lines.append(f"  {e['case'] + ', ' + e['what'] + ' against ' + e['against']:52}{e['largest_difference']:10.1e} ({'equal' if e['equal'] else 'NOT EQUAL'}: {e['allowed']:.0e} allowed)")
     c = result["compiled"]
-    lines.append("torch.compile on this processor: " + (c["missing"] if "missing" in c else f"{c['case']}: {c['compile_s']:.0f} s to compile, then " + ", ".join(f"{r['what']} {r['ratio']:.2f} times as fast as without" for r in c["rows"])))
+    lines.append("torch.compile on this processor: " + (c["missing"] if "missing" in c else f"{c['case']}: {c['compile_s']:.0f} s to compile, then " + ", ".join(f"{r['what']} {r['ratio']:.2f} times as fast as without" for r in c["rows"]) + (f" ({c['note']})" if "note" in c else "")))
     if mem := result.get("memory"):
         lines.append(f"memory: {mem['clip'][0]} frames of {mem['clip'][1]} x {mem['clip'][2]} encoded in tiles: " + (mem["missing"] if "missing" in mem else f"{mem['peak_mb']:.0f} MB at the peak ({'under' if mem['peak_mb'] < mem['limit_mb'] else 'OVER'} {mem['limit_mb']:.0f}), {mem['before_mb']:.0f} MB before, {mem['seconds']:.0f} s" + (f" ({mem['note']})" if "note" in mem else "")))
     return "\n".join(lines + _gpu_lines(result["gpu"]))

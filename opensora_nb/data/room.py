@@ -178,6 +178,7 @@ class PageConfig:
         if self.token == "" and self.address not in ("127.0.0.1", "localhost", "::1"): raise UserError(f"pages at {self.address} are open to other machines: they need a token")
         if not 0 < self.port < 65536: raise UserError(f"there is no port {self.port}")
 
+# %% ../../nbs/data/22b_room.ipynb #9bd2d3f1
 HOME = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>opensora_nb</title><link rel="icon" href="data:,"><style>
 body{margin:0;font:16px/1.5 system-ui,sans-serif;color-scheme:light dark} main{max-width:40rem;margin:12vh auto;padding:0 1rem} h1{font-size:1.5rem}
 a{display:block;margin:.75rem 0;padding:.9rem 1.1rem;border:1px solid #8886;border-radius:8px;color:inherit;text-decoration:none} a:hover,a:focus{border-color:#1976d2;outline:none} b{display:block;color:#1976d2} span{opacity:.75}
@@ -207,6 +208,7 @@ def _template(folder: Path, about: Mapping[str, str], dark: bool) -> list[str]:
     (template / "tree.html").write_text(HOME.replace("THEME", "dark" if dark else "light").replace("ABOUT", json.dumps(about)))
     return ["--template=rooms", "--classic_tree=True"]
 
+# %% ../../nbs/data/22b_room.ipynb #8da404eb
 def serve_pages(pages: str | Path, cfg: PageConfig, about: Mapping[str, str] = {}) -> int:
     """Serves a notebook, or a folder of them (`about`: name and a line of each, for the page that leads to them), until Ctrl-C; says where once it is ready; returns 0, or Voila's own exit status. UserError for a port that is taken.
 
