@@ -1,5 +1,5 @@
 "Options of the test-suite, and what it says at the end."
-import os, signal
+import os, re, signal
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -12,6 +12,10 @@ def share_cores():
         for name in ("OMP_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"): os.environ.setdefault(name, str(max(1, cores // processes)))
 
 share_cores()                             # before a test imports torch
+
+def trouble(log):
+    "What a server's log says of errors, each with the lines about it."
+    return re.findall(r"(?:.*\n){0,4}.*(?:Traceback|ERROR).*(?:\n.*){0,20}", log)
 
 class Tally(Counter):
     "How many cases, arrays, ... of a family of reference values were compared; `not_yet` counts what was left out, by reason."

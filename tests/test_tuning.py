@@ -5,6 +5,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
+from conftest import trouble
 from opensora_nb.cluster.files import UserError
 from opensora_nb.data.room import browser, can_look, served, write_page
 from opensora_nb.data.world import caption, render, world_truth
@@ -122,6 +123,9 @@ def test_a_slider_shows_what_is_there_at_once_and_idle_rooms_make_neighbours(roo
     room.controls["motion_score"].value = near[-1].wish.motion_score
     until(lambda: room.sides["A"].kept and room.sides["A"].kept.wish.motion_score == near[-1].wish.motion_score and not room.sides["A"].notches, 5)
     assert time.perf_counter() - began < 2 and 'data-state="exact"' in room.screens["A"].value
+    room.tabs.value = "xray"; time.sleep(3); made = len(room.home.near.list()); time.sleep(4)
+    assert len(room.home.near.list()) == made, "looks into steps have the model to themselves"
+    room.tabs.value = "history"; until(lambda: len(room.home.near.list()) > made, 60)
     room.live.value = False; room.controls["text"].value = 5.0
     until(lambda: 'data-state="nearest"' in room.screens["A"].value, 5); assert "text guidance" in room.screens["A"].value
 
@@ -254,7 +258,8 @@ def test_the_served_rooms_in_a_browser(tmp_path):
         drag(page, "steps", 1.0, 3); page.wait_for_function("document.querySelector('[data-jobs]').dataset.jobs == '1'", timeout=30_000)       # sixty steps, and not all of them
         page.wait_for_function("Number(document.querySelector('.os-goes [role=progressbar]')?.ariaValueNow) >= 1", timeout=60_000)
         page.get_by_role("button", name="Cancel").click(); page.wait_for_function("document.querySelector('[data-jobs]').dataset.jobs == '0'", timeout=30_000)
-        made = int(page.locator("[data-clips]").get_attribute("data-clips")); assert 2 <= made <= 4
+        kept = Gallery(home / "guests" / "ann").list(); made = len(kept); page.wait_for_function(f"document.querySelector('[data-clips]').dataset.clips == '{made}'", timeout=30_000)
+        assert made >= 3 and all(k.wish.steps < KNOBS["steps"].high for k in kept), "A, B, A dragged, perhaps some on the way; not what was cancelled"
         page.locator(".os-use:visible").last.click(); shown(page, "A"); assert "8 steps" in page.locator(".os-side-A .os-words").inner_text(), "the first clip's settings again"
         page.locator("textarea").fill(HOSTILE); page.keyboard.press("Tab"); shown(page, "A")
         page.get_by_role("button", name="X-ray", exact=True).click(); page.locator("rect[data-xray='3,0']").last.click()
@@ -268,7 +273,7 @@ def test_the_served_rooms_in_a_browser(tmp_path):
         assert page.evaluate("window.pwned === undefined && !document.querySelector('.os-room img[src=x]')"), "words are text"
         assert not complaints and not elsewhere, "\n".join(complaints + refused + elsewhere)
     log = (tmp_path / "voila.log").read_text() + (home / "workshop/log.txt").read_text()
-    assert "Traceback" not in log and "ERROR" not in log and log.count("let-me-in") == 1, log[-2000:]
+    assert not trouble(log) and log.count("let-me-in") == 1, trouble(log) or log
 
 @pytest.mark.soak
 @needs_browser
@@ -290,5 +295,4 @@ def test_the_room_in_jupyterlab_outlives_its_kernel(home, tmp_path, monkeypatch)
         page.wait_for_timeout(1000); run(page)
         page.wait_for_function(f"document.querySelector('[data-side=A] video')?.dataset.clip == '{clip}' && document.querySelector('.os-knob-motion_score .widget-readout').innerText == '5.5'", timeout=90_000)
         assert not complaints, complaints
-    log = (tmp_path / "lab.log").read_text()
-    assert "Traceback" not in log, log[-2000:]
+        assert not (said := trouble((tmp_path / "lab.log").read_text())), said          # before the page is closed: JupyterLab complains of messages that were on their way to it

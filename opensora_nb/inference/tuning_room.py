@@ -620,14 +620,14 @@ def neighbours(wish: Wish) -> list[Wish]:
 
 @patch
 def _idle(self: TuningRoom) -> None:
-    "Looks, every half a second, for clips that others have brought, and has a neighbour made if there is nothing else to do; one of what nobody looks at any more is not finished."
+    "Looks, every half a second, for clips that others have brought, and has a neighbour made if there is nothing else to do; one of what nobody looks at any more is not finished. The X-ray has the model to itself."
     known, stop, maker, asked = None, threading.Event(), None, None
     while not self._closed.wait(0.5):
         try:
             if known != (now := len(self.gallery.list())): known = now; self._strips.put()
-            with self._lock: wish, rests = self.side.wish, not self._jobs and not self._sweeping and time.monotonic() - self._moved_at > 2 and bool(self._visitors) and self.live.value
+            with self._lock: wish, rests = self.side.wish, not self._jobs and not self._sweeping and time.monotonic() - self._moved_at > 2 and bool(self._visitors) and self.live.value and self.tabs.value != "xray"
             if maker is not None and maker.is_alive():
-                if distance(wish, asked) > 2: stop.set()
+                if distance(wish, asked) > 2 or self.tabs.value == "xray": stop.set()
             elif rests and self.gallery.find(wish) and (missing := next((n for n in neighbours(wish) if not (near := self._find(n)) or near[1]), None)):
                 stop, asked = threading.Event(), wish
                 maker = threading.Thread(target=self._answer, args=("ahead", dict(wish=asdict(missing), ahead=True, level=2), stop), daemon=True); maker.start()
