@@ -69,7 +69,7 @@ class Conv(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv(x)
         if self.norm is not None: x = self.norm(x)
-        return F.silu(x) if self.act else x
+        return F.silu(x, inplace=not torch.is_grad_enabled()) if self.act else x
 
 class Residual(nn.Module):
     "x + main(x)."
@@ -97,14 +97,9 @@ def relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> 
 
 # %% ../../nbs/autoencoder/01_dc_ae.ipynb #54d2fd7c
 class Depthwise(nn.Conv3d):
-    "One filter a channel, padded to keep the size. Plain layout: on a CPU its backward is two to three times faster than in channels-last."
+    "One filter a channel, padded to keep the size."
     def __init__(self, channels: int, kernel: int, bias: bool = True):
         super().__init__(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "cpu": return super().forward(x)
-        return self._conv_forward(x.contiguous(), self.weight.flatten(1).view(self.weight.shape), self.bias)     # a fresh view forgets the weight's layout
-
 class LiteMLA(nn.Module):
     "Multi-scale linear attention, heads of 32 channels: `(B, C, T, H, W)` to the same."
     head = 32
