@@ -3,8 +3,8 @@ import copy
 import pytest, torch, torch.nn as nn
 import torch.nn.functional as F
 from opensora_nb.autoencoder import speed
-from opensora_nb.autoencoder.dc_ae import Conv3d, Depthwise, VideoDCAE, VideoDCAEConfig, shortcut_down, shortcut_up
-from opensora_nb.autoencoder.speed import AveragedDown, FastConv3d, FoldedUp, averaged_down, convolution, doubled_convolution, optimize, parity_weights
+from opensora_nb.autoencoder.dc_ae import Conv3d, Depthwise, Down, VideoDCAE, VideoDCAEConfig, shortcut_down, shortcut_up
+from opensora_nb.autoencoder.speed import FastConv3d, FastDepthwise, FoldedDown, FoldedUp, averaged_down, convolution, doubled_convolution, optimize, parity_weights, with_shortcut_down
 WIDE = VideoDCAEConfig(8, ("ResBlock", "ResBlock", "EViTS5_GLU"), (64, 64, 64), (1, 1, 1), (64, 64, 64), (1, 1, 1), (True, False, False), (True, False, False))
 
 def near(a, b, share=2e-5):
@@ -95,6 +95,41 @@ def test_averaging_first_is_the_shortcut_down_forward_and_backward(c_in, c_out, 
     weigh = torch.randn_like(plain)
     near(gradients(ours, weigh, x)[0], gradients(plain, weigh, x)[0], 1e-6)
 
+@pytest.mark.parametrize("c_in, c_out", [(8, 4), (4, 4), (4, 8), (2, 8), (16, 4)])
+@pytest.mark.parametrize("temporal, frames", [(False, 4), (True, 4), (True, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_down_is_one_convolution_forward_and_backward(monkeypatch, c_in, c_out, temporal, frames, dtype):
+    torch.manual_seed(0)
+    plain, x = Down(c_in, c_out, temporal).to(dtype), torch.randn(2, c_in, frames, 8, 6, dtype=dtype, requires_grad=True)
+    fast = optimize(nn.Sequential(copy.deepcopy(plain)))[0]
+    used, original = [], speed.averaged_down
+    monkeypatch.setattr(speed, "averaged_down", lambda *args: used.append(1) or original(*args))
+    ours, wanted = fast(x), plain(x)
+    assert bool(used) == (dtype == torch.bfloat16), "1/2 beside a weight of bfloat16 would cost it its bits"
+    near(ours, wanted, share := 2e-2 if dtype == torch.bfloat16 else 2e-6)
+    weigh = torch.randn_like(wanted)
+    for a, b in zip(gradients(ours, weigh, (x, fast.main.conv.weight, fast.main.conv.bias)), gradients(wanted, weigh, (x, plain.main.conv.weight, plain.main.conv.bias))): near(a, b, share)
+
+def test_the_shortcut_that_weights_carry_is_the_shortcut_alone():
+    x = torch.randn(1, 6, 4, 4, 4)
+    near(F.conv3d(x, with_shortcut_down(torch.zeros(4, 6, 3, 3, 3), (2, 2, 2)), stride=2, padding=1), shortcut_down(x, 4, (2, 2, 2)), 1e-6)
+
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("way", ["float32", "bfloat16", "autocast"])
+def test_a_filter_for_each_channel_has_the_same_gradients(kernel, bias, way):
+    torch.manual_seed(0)
+    plain = Depthwise(6, kernel, bias)
+    if way == "bfloat16": plain.bfloat16()
+    fast, x = FastDepthwise(copy.deepcopy(plain)), torch.randn(2, 6, 3, 5, 4, dtype=plain.weight.dtype, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"): ours, wanted = fast(x), plain(x)
+    assert ours.dtype == wanted.dtype
+    near(ours, wanted, share := 2e-6 if way == "float32" else 2e-2)
+    weigh = torch.randn_like(wanted)
+    for a, b in zip(gradients(ours, weigh, (x, *fast.parameters())), gradients(wanted, weigh, (x, *plain.parameters()))): assert a.dtype == b.dtype; near(a, b, share)
+    fast.weight.requires_grad_(False)
+    near(torch.autograd.grad(fast(x).square().sum(), x)[0], torch.autograd.grad(plain(x).square().sum(), x)[0], share)
+
 def test_the_folded_weights_of_a_parity_add_up_to_all_weights():
     w = torch.randn(3, 2, 3, 3, 3)
     for temporal, shape in ((True, (2, 2, 2, 3, 2, 2, 2, 2)), (False, (1, 2, 2, 3, 3, 2, 2, 2))):
@@ -106,7 +141,7 @@ def test_the_folded_weights_of_a_parity_add_up_to_all_weights():
 def test_an_optimized_autoencoder_gives_the_same_numbers_and_gradients(everywhere, T):
     plain, video = model(), torch.randn(1, 3, T, 16, 12, generator=torch.Generator().manual_seed(1))
     fast = optimize(copy.deepcopy(plain))
-    assert sum(isinstance(m, FoldedUp) for m in fast.modules()) == sum(isinstance(m, AveragedDown) for m in fast.modules()) == 2 and any(isinstance(m, FastConv3d) for m in fast.modules())
+    assert sum(isinstance(m, FoldedUp) for m in fast.modules()) == sum(isinstance(m, FoldedDown) for m in fast.modules()) == 2 and any(isinstance(m, FastConv3d) for m in fast.modules())
     with torch.no_grad():
         near(fast.encode(video), latent := plain.encode(video), 1e-4)
         near(fast.decode(latent, T), plain.decode(latent, T), 1e-4)
@@ -134,11 +169,11 @@ def test_optimizing_twice_or_after_loading_is_harmless():
     video = torch.randn(1, 3, 4, 8, 8)
     with torch.no_grad(): near(m(video), model(1)(video), 1e-4)
 
-def test_depthwise_grouped_strided_in_time_and_foreign_layers_are_left_alone():
+def test_grouped_strided_in_time_and_foreign_layers_are_left_alone():
     class Mine(nn.Conv3d): pass
     net = nn.Sequential(Depthwise(8, 3), nn.Conv3d(8, 8, 1), nn.Conv3d(8, 8, 3, padding=1, groups=2), Mine(8, 8, 3, padding=1), nn.Conv3d(8, 8, 3, padding=1, padding_mode="replicate"), nn.Conv3d(8, 8, 3, padding=1), Conv3d(8, 8, 3, 2, 1))
     kinds = [type(m) for m in optimize(copy.deepcopy(net))]
-    assert kinds[:5] == [type(m) for m in net][:5] and kinds[5:] == [FastConv3d, FastConv3d]
+    assert kinds[2:5] == [type(m) for m in net][2:5] and kinds[:2] + kinds[5:] == [FastDepthwise, FastConv3d, FastConv3d, FastConv3d]
     x = torch.randn(1, 8, 4, 6, 6)
     with torch.no_grad(): near(optimize(copy.deepcopy(net))(x), net(x))
 

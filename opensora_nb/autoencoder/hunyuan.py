@@ -85,7 +85,9 @@ class _Pad(torch.autograd.Function):
             mean, rstd = group_moments(x, groups, eps)
             ctx.save_for_backward(x, weight, bias, mean, rstd)
             a, b = _affine(weight, bias, mean, rstd)
-            for t in _stretches(x): middle[:, :, t] = F.silu(torch.addcmul(b, x[:, :, t], a), inplace=True)
+            for t in _stretches(x):
+                if out.dtype == x.dtype: F.silu(torch.addcmul(b, x[:, :, t], a, out=middle[:, :, t]), inplace=True)
+                else: middle[:, :, t] = F.silu(torch.addcmul(b, x[:, :, t], a), inplace=True)
         return _fill_borders(out, front, edge)
 
     @staticmethod
