@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PARALLEL', 'INT32', 'ColumnParallelConv3d', 'RowParallelConv3d', 'Split', 'splits_cleanly', 'plan_split',
-           'parallelize_convs', 'full_state_dict', 'load_full_state_dict', 'clip_grad_norm', 'run_processes',
-           'saved_bytes', 'compare_split', 'compare_all', 'LayerSize', 'layer_sizes', 'overflows_int32', 'Mend',
-           'ways_to_mend']
+           'parallelize_convs', 'full_state_dict', 'load_full_state_dict', 'clip_grad_norm', 'leave_group',
+           'run_processes', 'saved_bytes', 'compare_split', 'compare_all', 'LayerSize', 'layer_sizes',
+           'overflows_int32', 'Mend', 'ways_to_mend']
 
 # %% ../../nbs/cluster/05_conv_parallel.ipynb #46f7ce68
-import copy, tempfile
+import copy, gc, tempfile, time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -277,12 +277,21 @@ def clip_grad_norm(model: nn.Module, max_norm: float, group=None) -> torch.Tenso
     return norm
 
 # %% ../../nbs/cluster/05_conv_parallel.ipynb #57afe329
+def leave_group() -> None:
+    """Destroys this process's groups, and sees their threads end.
+
+    A thread of gloo may still hold the tensors of the last exchange, and lets go of them under the interpreter's lock. Once the interpreter is ending that is an abort (exit code -6), of a process that has done all of its work.
+    """
+    dist.destroy_process_group()
+    time.sleep(0.1)            # the lock is free: a thread that waits for it gets through
+    gc.collect()               # a group held by a cycle, as DDP's is, would live on; the end of a group waits for its threads
+
 def _member(rank: int, function: Callable, processes: int, folder: str, timeout_s: float, args: tuple) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", processes)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=timedelta(seconds=timeout_s))
     try: torch.save(function(*copy.deepcopy(args)), f"{folder}/{rank}.pt")        # tensors come in memory that all of the processes share
-    finally: dist.destroy_process_group()
+    finally: leave_group()
 
 def run_processes(function: Callable, processes: int, *args, timeout_s: float = 300) -> list[Any]:
     "`function(*args)` in new processes on this machine that form a group (gloo, CPU); what each returns (tensors, numbers, texts, lists and dicts of them), by rank. The function must be importable."

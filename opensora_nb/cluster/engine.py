@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 import torch, torch.distributed as dist, torch.nn as nn
+from .conv_parallel import leave_group
 from .files import UserError
 
 # %% ../../nbs/cluster/06_engine.ipynb #64556b80
@@ -133,7 +134,7 @@ class DDP(Engine):
     def wait(self): dist.barrier()
 
     def close(self):
-        if self.owner and dist.is_initialized(): dist.destroy_process_group()
+        if self.owner and dist.is_initialized(): leave_group()
 
 class FSDP(DDP):
     """A share of everything in each process; units are gathered just before they are needed.
