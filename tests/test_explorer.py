@@ -266,19 +266,19 @@ def test_the_served_page_answers_to_keys_and_hands(collection, tmp_path):
         assert page.evaluate("document.querySelector('video').currentTime") != at, "it plays"
         page.locator(".os-slider-1-min_motion .noUi-handle").focus()                            # by keyboard
         for _ in range(12): page.keyboard.press("ArrowRight")
-        page.wait_for_function(f"{COUNT} != '12' && JSON.stringify({ROWS}) != '{str(rows).replace(' ', '').replace(chr(39), chr(34))}'", timeout=30_000)
+        page.wait_for_function(f"{COUNT} != '12' && JSON.stringify({ROWS}) != '{str(rows).replace(' ', '').replace(chr(39), chr(34))}'", timeout=120_000)
         page.wait_for_timeout(500); by_keys = int(page.evaluate(COUNT))
         assert by_keys < 12
         handle = page.locator(".os-slider-1-min_motion .noUi-handle").bounding_box(); track = page.locator(".os-slider-1-min_motion .noUi-base").bounding_box()
         page.mouse.move(handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2); page.mouse.down()     # by a drag
         for k in range(21): page.mouse.move(track["x"] + track["width"] * (0.2 + 0.01 * k), track["y"] + 3)
         page.mouse.up()
-        page.wait_for_function(f"Number({COUNT}) < {by_keys}", timeout=30_000); page.wait_for_timeout(700)
+        page.wait_for_function(f"Number({COUNT}) < {by_keys}", timeout=120_000); page.wait_for_timeout(700)
         typed = float(page.locator(".os-number-1-min_motion input").input_value())
         assert typed > 3 and int(page.evaluate(COUNT)) == sum(0.25 + 0.5 * k >= typed for k in range(14)), "the page and the numbers agree"
         assert page.locator(".os-cards").nth(1).bounding_box() == box, "nothing jumped while clips came and went"
         page.get_by_role("button", name="Export this level").press("Enter")
-        page.wait_for_function("document.querySelector('.os-status').innerText.includes('clips written')", timeout=30_000)
+        page.wait_for_function("document.querySelector('.os-status').innerText.includes('clips written')", timeout=120_000)
         levels, _ = read_thresholds(tmp_path / "out" / "256px.json")
         assert levels[0].min_motion == pytest.approx(typed, rel=1e-3) and read_clips(tmp_path / "out" / "256px.parquet").height == int(page.evaluate(COUNT))
         page.get_by_role("button", name="Reset").click(); page.wait_for_function(f"{COUNT} == '12'")
@@ -306,7 +306,7 @@ def test_the_room_works_in_jupyterlab(collection, tmp_path, monkeypatch):
         page.wait_for_function("[...document.querySelectorAll('.os-screen video')].filter(v => v.readyState >= 2).length == 5", timeout=120_000)
         page.locator(".os-slider-1-min_motion .noUi-handle").focus()
         for _ in range(12): page.keyboard.press("ArrowRight")
-        page.wait_for_function(f"Number({COUNT}) < 12", timeout=30_000)
+        page.wait_for_function(f"Number({COUNT}) < 12", timeout=120_000)
         assert page.evaluate("window.pwned === undefined")
         assert not complaints, complaints
         assert not (said := trouble((tmp_path / "lab.log").read_text())), said          # before the page is closed: JupyterLab complains of messages that were on their way to it

@@ -123,7 +123,7 @@ def test_many_workers_use_one_thread_each(engine, monkeypatch):
 def test_one_worker_may_use_all_threads(monkeypatch):
     for name in ("OMP_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"): monkeypatch.delenv(name, raising=False)
     [(_, (omp, opencv, torch))] = run_tasks(tasks.threads, [0])
-    assert omp is None and opencv == os.cpu_count()
+    assert omp is None and opencv == len(os.sched_getaffinity(0))           # of the cores that we may use
 
 def test_an_abandoned_run_leaves_nothing(tmp_path):
     results = run_tasks(tasks.misbehave, ["good", "hang", "hang"], workers=2)
@@ -177,7 +177,7 @@ def test_from_a_notebook():
     from nbclient import NotebookClient
     code = f"import sys; sys.path.insert(0, {str(HERE)!r})\nfrom pool_tasks import double\nfrom opensora_nb.cluster.pool import run_tasks\nprint(sorted(run_tasks(double, range(5), workers=2)))"
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code), nbformat.v4.new_code_cell("def f(x): return x\ntry: run_tasks(f, [1])\nexcept ValueError as e: print(e)")])
-    NotebookClient(nb, timeout=60, kernel_name="python3").execute()
+    NotebookClient(nb, timeout=600, kernel_name="python3").execute()
     assert nb.cells[0].outputs[0].text == "[(0, 0), (1, 2), (2, 4), (3, 6), (4, 8)]\n" and "notebook" in nb.cells[1].outputs[0].text
 
 RUN = """
@@ -200,6 +200,6 @@ def test_workers_go_when_the_run_goes(engine, sent, tmp_path):
     if sent == "Ctrl-C": os.killpg(run.pid, signal.SIGINT)
     else: run.send_signal(SIGNALS[sent])
     assert soon(lambda: not any(map(alive, pids)))                                # they would sleep a thousand seconds
-    try: stderr = run.communicate(timeout=30)[1]
+    try: stderr = run.communicate(timeout=120)[1]
     except subprocess.TimeoutExpired: stderr = ""; assert engine == "ray"          # its daemons may hold the pipe a little
     if sent == "Ctrl-C" and engine == "processes": assert stderr.count("Traceback") == 1 and stderr.rstrip().endswith("KeyboardInterrupt")

@@ -277,9 +277,9 @@ STATE = "() => { const s = document.querySelector('[data-step]').dataset; return
 
 def press(page, key):
     "A key, and what it does."
-    page.wait_for_function(SEEN, timeout=60_000)
+    page.wait_for_function(SEEN, timeout=120_000)
     step = page.locator("[data-step]").get_attribute("data-step")
-    page.keyboard.press(key); page.wait_for_function(f"document.querySelector('[data-step]').dataset.step != '{step}'", timeout=30_000)
+    page.keyboard.press(key); page.wait_for_function(f"document.querySelector('[data-step]').dataset.step != '{step}'", timeout=120_000)
 
 @pytest.mark.slow
 @needs_browser
@@ -296,8 +296,8 @@ def test_ten_pairs_are_rated_by_keys_with_a_reload_on_the_way(home, study, tmp_p
         page.on("websocket", lambda socket: socket.on("framereceived", lambda data: frames.append(data if isinstance(data, bytes) else data.encode())))
         page.goto(address, wait_until="commit", timeout=120_000)
         page.locator(".os-who input").fill("ann  b", timeout=120_000); page.keyboard.press("Enter")      # a door that Enter opens
-        page.wait_for_function(SEEN, timeout=60_000)
-        page.wait_for_url("**/?rater=ann%20b", wait_until="commit", timeout=20_000); assert page.evaluate(STATE) == [0, 0]
+        page.wait_for_function(SEEN, timeout=120_000)
+        page.wait_for_url("**/?rater=ann%20b", wait_until="commit", timeout=120_000); assert page.evaluate(STATE) == [0, 0]
         boxes = page.evaluate("[...document.querySelectorAll('.os-ask, .os-screen')].map(e => JSON.stringify(e.getBoundingClientRect()))")
         a = page.evaluate("[...document.querySelectorAll('video')].map(v => v.currentTime)"); page.wait_for_timeout(250); b = page.evaluate("[...document.querySelectorAll('video')].map(v => v.currentTime)")
         assert a != b and abs(b[0] - b[1]) < 0.2 and page.evaluate("[...document.querySelectorAll('video')].every(v => v.muted && !v.loop)"), "both play, in step"
@@ -315,7 +315,7 @@ def test_ten_pairs_are_rated_by_keys_with_a_reload_on_the_way(home, study, tmp_p
         for j in range(5 * 3, 3 * k + asked): wanted[seen[j // 3].pair.key, list(QUESTIONS)[j % 3]] = "left"
         known = {(key, q): said for (_, key, q), (said, _) in read_answers(study, answers).given.items()}
         assert known == wanted and (k, asked) > (5, 0), "what the page shows is what is kept"
-        other = page.context.browser.new_page(); other.goto(f"{address}/?rater=bob", wait_until="commit"); other.wait_for_function(SEEN, timeout=120_000)      # somebody else, at the same time
+        other = page.context.browser.new_page(); other.set_default_timeout(120_000); other.goto(f"{address}/?rater=bob", wait_until="commit"); other.wait_for_function(SEEN, timeout=120_000)      # somebody else, at the same time
         press(other, "3"); assert other.evaluate(STATE) == [0, 1] and page.evaluate(STATE) == [k, asked]
         while k < 10:
             q = list(QUESTIONS)[asked]

@@ -119,15 +119,14 @@ def test_a_slider_shows_what_is_there_at_once_and_idle_rooms_make_neighbours(roo
     room.live.value = True
     room._ask("A"); assert room.settle(120)
     near = until(lambda: [k for k in room.home.near.list() if distance(k.wish, room.side.wish) <= 2], 60)
-    began = time.perf_counter()
     room.controls["motion_score"].value = near[-1].wish.motion_score
-    until(lambda: room.sides["A"].kept and room.sides["A"].kept.wish.motion_score == near[-1].wish.motion_score and not room.sides["A"].notches, 5)
-    assert time.perf_counter() - began < 2 and 'data-state="exact"' in room.screens["A"].value
-    room.tabs.value = "xray"; time.sleep(3); made = len(room.home.near.list()); time.sleep(4)
-    assert len(room.home.near.list()) == made, "looks into steps have the model to themselves"
+    until(lambda: room.sides["A"].kept and room.sides["A"].kept.wish.motion_score == near[-1].wish.motion_score and not room.sides["A"].notches)
+    assert not room._jobs and 'data-state="exact"' in room.screens["A"].value, "a clip that is there is not made"
+    def rest(): made = len(room.home.near.list()); time.sleep(4); return len(room.home.near.list()) == made
+    room.tabs.value = "xray"; until(lambda: rest() and rest(), 120); made = len(room.home.near.list())      # looks into steps have the model to themselves
     room.tabs.value = "history"; until(lambda: len(room.home.near.list()) > made, 60)
     room.live.value = False; room.controls["text"].value = 5.0
-    until(lambda: 'data-state="nearest"' in room.screens["A"].value, 5); assert "text guidance" in room.screens["A"].value
+    until(lambda: 'data-state="nearest"' in room.screens["A"].value); assert "text guidance" in room.screens["A"].value
 
 @pytest.mark.slow
 def test_two_visitors_get_their_own_clips_and_wait_for_nobody(home):
@@ -255,17 +254,17 @@ def test_the_served_rooms_in_a_browser(tmp_path):
         page.evaluate("window.most = 0; new MutationObserver(() => window.most = Math.max(window.most, Number(document.querySelector('[data-jobs]')?.dataset.jobs ?? 0))).observe(document.querySelector('.os-stage'), {subtree: true, childList: true, attributes: true})")
         page.get_by_role("button", name="Tune A").click(); drag(page, "motion_score", 0.75); shown(page, "A")
         page.wait_for_function("document.querySelector('[data-jobs]').dataset.jobs == '0'"); assert page.evaluate("window.most") <= 1, "a fast drag leaves at most one job"
-        drag(page, "steps", 1.0, 3); page.wait_for_function("document.querySelector('[data-jobs]').dataset.jobs == '1'", timeout=30_000)       # sixty steps, and not all of them
-        page.wait_for_function("Number(document.querySelector('.os-goes [role=progressbar]')?.ariaValueNow) >= 1", timeout=60_000)
-        page.get_by_role("button", name="Cancel").click(); page.wait_for_function("document.querySelector('[data-jobs]').dataset.jobs == '0'", timeout=30_000)
-        kept = Gallery(home / "guests" / "ann").list(); made = len(kept); page.wait_for_function(f"document.querySelector('[data-clips]').dataset.clips == '{made}'", timeout=30_000)
+        drag(page, "steps", 1.0, 3); page.wait_for_function("document.querySelector('[data-jobs]').dataset.jobs == '1'", timeout=120_000)       # sixty steps, and not all of them
+        page.wait_for_function("Number(document.querySelector('.os-goes [role=progressbar]')?.ariaValueNow) >= 1", timeout=120_000)
+        page.get_by_role("button", name="Cancel").click(); page.wait_for_function("document.querySelector('[data-jobs]').dataset.jobs == '0'", timeout=120_000)
+        kept = Gallery(home / "guests" / "ann").list(); made = len(kept); page.wait_for_function(f"document.querySelector('[data-clips]').dataset.clips == '{made}'", timeout=120_000)
         assert made >= 3 and all(k.wish.steps < KNOBS["steps"].high for k in kept), "A, B, A dragged, perhaps some on the way; not what was cancelled"
         page.locator(".os-use:visible").last.click(); shown(page, "A"); assert "8 steps" in page.locator(".os-side-A .os-words").inner_text(), "the first clip's settings again"
         page.locator("textarea").fill(HOSTILE); page.keyboard.press("Tab"); shown(page, "A")
         page.get_by_role("button", name="X-ray", exact=True).click(); page.locator("rect[data-xray='3,0']").last.click()
-        page.wait_for_function("document.querySelector('.os-panes[data-look^=\"3,\"]')", timeout=60_000); assert page.locator(".os-panes img").count() == 5      # from words alone: no pass with the image
+        page.wait_for_function("document.querySelector('.os-panes[data-look^=\"3,\"]')", timeout=120_000); assert page.locator(".os-panes img").count() == 5      # from words alone: no pass with the image
         page.get_by_role("button", name="Command", exact=True).click(); assert "osnb generate --prompt" in page.locator(".os-command").inner_text() and HOSTILE in page.locator(".os-command").inner_text()
-        other = page.context.browser.new_context(viewport=dict(width=390, height=844)).new_page(); other.goto(f"{address}/voila/render/Tuning%20room.ipynb?token=let-me-in", wait_until="commit", timeout=120_000)
+        other = page.context.browser.new_context(viewport=dict(width=390, height=844)).new_page(); other.set_default_timeout(120_000); other.goto(f"{address}/voila/render/Tuning%20room.ipynb?token=let-me-in", wait_until="commit", timeout=120_000)
         shown(other, "A", "none"); assert other.locator("[data-clips]").get_attribute("data-clips") == "0", "somebody else's room is empty"
         assert other.evaluate("Math.max(...[...document.querySelectorAll('.os-room *')].filter(e => !e.closest('.os-unseen')).map(e => e.getBoundingClientRect().right))") <= 391, "nothing sticks out on a phone"
         assert other.evaluate("[...document.querySelectorAll('.os-room input:not([type=file]), .os-room textarea, .os-room select, .os-room button, .os-room .widget-slider')].filter(e => e.offsetParent && !e.closest('.os-unseen')).every(e => e.title || e.closest('[title]') || e.innerText)"), "each control says what it is"
@@ -291,7 +290,7 @@ def test_the_room_in_jupyterlab_outlives_its_kernel(home, tmp_path, monkeypatch)
         for _ in range(3): page.keyboard.press("ArrowRight")
         shown(page, "A"); clip = page.locator("[data-side=A] video").get_attribute("data-clip")
         page.keyboard.press("Escape"); page.locator(".jp-Notebook .jp-CodeCell .cm-content").first.click(); page.keyboard.press("Escape"); page.keyboard.press("0"); page.keyboard.press("0")
-        page.get_by_role("button", name="Restart", exact=True).or_(page.get_by_role("button", name="Confirm Kernel Restart")).first.click(timeout=30_000)
+        page.get_by_role("button", name="Restart", exact=True).or_(page.get_by_role("button", name="Confirm Kernel Restart")).first.click(timeout=120_000)
         page.wait_for_timeout(1000); run(page)
         page.wait_for_function(f"document.querySelector('[data-side=A] video')?.dataset.clip == '{clip}' && document.querySelector('.os-knob-motion_score .widget-readout').innerText == '5.5'", timeout=90_000)
         assert not complaints, complaints

@@ -6,7 +6,7 @@ from opensora_nb.cluster.files import UserError
 from opensora_nb.flow.solver import Cancelled
 from opensora_nb.inference.workshop import Desk, Turns, Visitor, Workshop
 
-def until(what, seconds=10):
+def until(what, seconds=60):
     end = time.monotonic() + seconds
     while not (found := what()): assert time.monotonic() < end, "waited too long"; time.sleep(0.01)
     return found

@@ -289,6 +289,7 @@ def browser(width: int = 1280, height: int = 900) -> Iterator[tuple[Any, list[st
     with sync_playwright() as play:
         window = play.chromium.launch(executable_path=chromium(), args=list(QUIET))
         page, complaints = window.new_page(viewport=dict(width=width, height=height)), []
+        page.set_default_timeout(120_000)                                       # a busy machine is no failure
         page.on("pageerror", lambda error: complaints.append(str(error)[:300]))
         page.on("console", lambda said: complaints.append(said.text[:300]) if said.type == "error" and not said.location.get("url", "").startswith("https:") else None)
         try: yield page, complaints
