@@ -115,6 +115,14 @@ def test_a_drag_leaves_one_job_and_one_clip_and_words_stay_words(room):
     assert all("<img src=x" not in page for page in html_of(room.ui)) and any("&lt;img src=x" in page for page in html_of(room.ui))
 
 @pytest.mark.slow
+def test_settling_waits_for_the_screen_of_a_clip_that_began_and_ended_meanwhile(tmp_path):
+    room = TuningRoom(left(tmp_path)); assert room._looks.settle(); ask, look = room._asks.work, room._looks.work
+    room._asks.work, room._looks.work = lambda value: (time.sleep(4), ask(value)), lambda value: (time.sleep(6), look(value))       # the clip, of four steps, takes less
+    room.live.value = False; room._ask("A"); room._asks.put()
+    assert room.settle(120) and room.side.kept is not None and room.side.notches == 0
+    room.close()
+
+@pytest.mark.slow
 def test_a_slider_shows_what_is_there_at_once_and_idle_rooms_make_neighbours(room):
     room.live.value = True
     room._ask("A"); assert room.settle(120)

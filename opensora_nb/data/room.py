@@ -80,6 +80,11 @@ class Latest:
             if not self._busy: self._busy = True; threading.Thread(target=self._run, daemon=True).start()
 
     @property
+    def busy(self) -> bool:
+        "Whether something is at work, or waits."
+        return self._busy
+
+    @property
     def overtaken(self) -> bool:
         "Whether a newer value waits: long work may look, and stop."
         return self._next is not None

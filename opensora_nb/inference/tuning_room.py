@@ -187,8 +187,8 @@ class TuningRoom:
         "Waits until nothing is under way but neighbours and sweeps."
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            with self._lock: quiet = not self._jobs                  # before, too: a clip that ends in between has put new work into the lists that were just empty
-            if all(l.settle(max(0.0, end - time.monotonic())) for l in (self._connects, self._uploads, self._looks, self._asks, self._xrays, self._strips, self._saves)) and quiet and not self._jobs: return True
+            with self._lock:                                         # in the order in which work is handed on, so that none slips by between two looks
+                if not (self._connects.busy or self._uploads.busy or self._asks.busy or self._jobs or self._looks.busy or self._xrays.busy or self._strips.busy or self._saves.busy): return True
             time.sleep(0.02)
         return False
 
