@@ -17,6 +17,12 @@ def trouble(log):
     "What a server's log says of errors, each with the lines about it."
     return re.findall(r"(?:.*\n){0,4}.*(?:Traceback|ERROR).*(?:\n.*){0,20}", log)
 
+def still(page, what):
+    "What a page says once it has said the same for a second and a half."
+    said = None
+    while said != (now := page.evaluate(what)): said = now; page.wait_for_timeout(1500)
+    return said
+
 class Tally(Counter):
     "How many cases, arrays, ... of a family of reference values were compared; `not_yet` counts what was left out, by reason."
     def __init__(self):

@@ -3,7 +3,7 @@ import os, signal, socket, subprocess, sys, time
 from dataclasses import fields, replace
 from pathlib import Path
 import numpy as np, polars as pl, pytest
-from conftest import trouble
+from conftest import still, trouble
 from opensora_nb.cluster.files import UserError
 from opensora_nb.data.explorer import BINS, TECHNICAL, ExploreConfig, Explorer, ExplorerRoom, explore, judgeable, open_explorer, page_code, read_thresholds
 from opensora_nb.data.filters import FilterConfig, technical_faults
@@ -262,20 +262,20 @@ def test_the_served_page_answers_to_keys_and_hands(collection, tmp_path):
         page.wait_for_function("[...document.querySelectorAll('.os-screen video')].filter(v => v.readyState >= 2 && !v.paused).length == 5", timeout=120_000)
         box, count, rows = page.locator(".os-cards").nth(1).bounding_box(), page.evaluate(COUNT), page.evaluate(ROWS)
         assert count == "12" and page.evaluate("[...document.querySelectorAll('video')].every(v => v.muted && v.loop)")
-        at = page.evaluate("document.querySelector('video').currentTime"); page.wait_for_timeout(300)
-        assert page.evaluate("document.querySelector('video').currentTime") != at, "it plays"
+        at = page.evaluate("document.querySelector('video').currentTime")
+        page.wait_for_function(f"document.querySelector('video').currentTime != {at}")          # it plays
         page.locator(".os-slider-1-min_motion .noUi-handle").focus()                            # by keyboard
         for _ in range(12): page.keyboard.press("ArrowRight")
         page.wait_for_function(f"{COUNT} != '12' && JSON.stringify({ROWS}) != '{str(rows).replace(' ', '').replace(chr(39), chr(34))}'", timeout=120_000)
-        page.wait_for_timeout(500); by_keys = int(page.evaluate(COUNT))
+        by_keys = int(still(page, COUNT))
         assert by_keys < 12
         handle = page.locator(".os-slider-1-min_motion .noUi-handle").bounding_box(); track = page.locator(".os-slider-1-min_motion .noUi-base").bounding_box()
         page.mouse.move(handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2); page.mouse.down()     # by a drag
         for k in range(21): page.mouse.move(track["x"] + track["width"] * (0.2 + 0.01 * k), track["y"] + 3)
         page.mouse.up()
-        page.wait_for_function(f"Number({COUNT}) < {by_keys}", timeout=120_000); page.wait_for_timeout(700)
-        typed = float(page.locator(".os-number-1-min_motion input").input_value())
-        assert typed > 3 and int(page.evaluate(COUNT)) == sum(0.25 + 0.5 * k >= typed for k in range(14)), "the page and the numbers agree"
+        page.wait_for_function(f"Number({COUNT}) < {by_keys}", timeout=120_000)
+        typed = float(still(page, "document.querySelector('.os-number-1-min_motion input').value"))
+        assert typed > 3 and int(still(page, COUNT)) == sum(0.25 + 0.5 * k >= typed for k in range(14)), "the page and the numbers agree"
         assert page.locator(".os-cards").nth(1).bounding_box() == box, "nothing jumped while clips came and went"
         page.get_by_role("button", name="Export this level").press("Enter")
         page.wait_for_function("document.querySelector('.os-status').innerText.includes('clips written')", timeout=120_000)
@@ -287,8 +287,8 @@ def test_the_served_page_answers_to_keys_and_hands(collection, tmp_path):
         page.get_by_role("button", name="files").click(); page.wait_for_timeout(800)
         assert page.evaluate("window.pwned === undefined && !document.querySelector('.os-room img[src=x]')"), "labels are text"
         assert page.evaluate("[...document.querySelectorAll('.os-room input, .os-room button, .os-room .widget-slider')].every(e => e.title || e.closest('[title]') || e.innerText)"), "each control says what it is"
-        page.set_viewport_size(dict(width=390, height=844)); page.wait_for_timeout(400)
-        assert page.evaluate("Math.max(...[...document.querySelectorAll('.os-room *')].map(e => e.getBoundingClientRect().right))") <= 391, "nothing sticks out on a phone"
+        page.set_viewport_size(dict(width=390, height=844))
+        page.wait_for_function("Math.max(...[...document.querySelectorAll('.os-room *')].map(e => e.getBoundingClientRect().right)) <= 391")      # nothing sticks out on a phone
         assert not complaints
     assert not (said := trouble((tmp_path / "voila.log").read_text())), said
 

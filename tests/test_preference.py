@@ -3,7 +3,7 @@ import base64, json, os, random, signal, subprocess, sys, time
 from itertools import permutations
 from pathlib import Path
 import numpy as np, pytest
-from conftest import trouble
+from conftest import still, trouble
 from opensora_nb.cluster.files import UserError
 from opensora_nb.data.room import browser, can_look, served
 from opensora_nb.data.video import decode, write_video
@@ -299,8 +299,8 @@ def test_ten_pairs_are_rated_by_keys_with_a_reload_on_the_way(home, study, tmp_p
         page.wait_for_function(SEEN, timeout=120_000)
         page.wait_for_url("**/?rater=ann%20b", wait_until="commit", timeout=120_000); assert page.evaluate(STATE) == [0, 0]
         boxes = page.evaluate("[...document.querySelectorAll('.os-ask, .os-screen')].map(e => JSON.stringify(e.getBoundingClientRect()))")
-        a = page.evaluate("[...document.querySelectorAll('video')].map(v => v.currentTime)"); page.wait_for_timeout(250); b = page.evaluate("[...document.querySelectorAll('video')].map(v => v.currentTime)")
-        assert a != b and abs(b[0] - b[1]) < 0.2 and page.evaluate("[...document.querySelectorAll('video')].every(v => v.muted && !v.loop)"), "both play, in step"
+        a = page.evaluate("[...document.querySelectorAll('video')].map(v => v.currentTime)"); page.wait_for_function(f"(v => v.length == 2 && (v[0].currentTime != {a[0]} || v[0].ended) && Math.abs(v[0].currentTime - v[1].currentTime) < 0.2)([...document.querySelectorAll('video')])")
+        assert page.evaluate("[...document.querySelectorAll('video')].every(v => v.muted && !v.loop)"), "both play, in step"
         for k in range(4): rate_pair(page, k, k % 2)
         page.wait_for_function(SEEN)
         assert page.evaluate("[...document.querySelectorAll('.os-ask, .os-screen')].map(e => JSON.stringify(e.getBoundingClientRect()))") == boxes, "nothing moved while pairs came and went"
@@ -311,7 +311,7 @@ def test_ten_pairs_are_rated_by_keys_with_a_reload_on_the_way(home, study, tmp_p
         for q in ("prompt", "motion"): press(page, "2"); wanted[seen[4].pair.key, q] = "tie"
         page.wait_for_function(SEEN)
         for _ in range(9): page.keyboard.press("1")                                                       # a hand that rests on the keys: some count, in their turn
-        page.wait_for_timeout(1500); (k, asked) = page.evaluate(STATE)
+        k, asked = still(page, STATE)
         for j in range(5 * 3, 3 * k + asked): wanted[seen[j // 3].pair.key, list(QUESTIONS)[j % 3]] = "left"
         known = {(key, q): said for (_, key, q), (said, _) in read_answers(study, answers).given.items()}
         assert known == wanted and (k, asked) > (5, 0), "what the page shows is what is kept"
@@ -326,8 +326,8 @@ def test_ten_pairs_are_rated_by_keys_with_a_reload_on_the_way(home, study, tmp_p
         page.wait_for_function("document.querySelector('.os-end').innerText.includes('Thank you, ann b')")
         assert any(b"&lt;img src=x" in frame for frame in frames) and page.evaluate("window.pwned === undefined && !document.querySelector('img[src=x]')"), "words are text"
         assert other.evaluate("[...document.querySelectorAll('.os-room button, .os-room input')].filter(e => e.offsetParent).every(e => e.title && e.innerText)"), "each control says what it is"
-        other.set_viewport_size(dict(width=390, height=800)); other.wait_for_timeout(300)
-        assert other.evaluate("Math.max(...[...document.querySelectorAll('.os-room *')].map(e => e.getBoundingClientRect().right))") <= 391, "nothing sticks out on a phone"
+        other.set_viewport_size(dict(width=390, height=800))
+        other.wait_for_function("Math.max(...[...document.querySelectorAll('.os-room *')].map(e => e.getBoundingClientRect().right)) <= 391")      # nothing sticks out on a phone
         said = "\n".join([page.content(), other.content(), *(f.decode("latin1") for f in frames)])
         assert len(frames) > 50 and not any(word in said for word in ("alphamodel", "betamodel", str(home))), "neither page nor messages name a set"
         assert not complaints, (complaints, refused)
