@@ -220,11 +220,11 @@ def test_a_pause_holds_for_everybody_and_a_stop_ends_it():
     ends = time.monotonic() + 0.29
     threads = [threading.Thread(target=lambda: (pace.wait(), starts.append(time.monotonic()))) for _ in range(5)]
     for t in threads: t.start()
-    for t in threads: t.join(10)
+    for t in threads: t.join(60)
     assert len(starts) == 5 and min(starts) >= ends
     pace.pause(3600)
     (waiting := threading.Thread(target=lambda: pytest.raises(captions.Stopped, pace.wait))).start()
-    pace.stopped.set(); waiting.join(10)
+    pace.stopped.set(); waiting.join(60)
     assert not waiting.is_alive()
 
 def test_retry_after_is_kept_to_as_seconds_and_as_a_date(tmp_path):

@@ -67,7 +67,7 @@ def test_the_maker_makes_what_the_pipeline_makes_shows_steps_and_answers_again_a
     gallery, heard = Gallery(tmp_path), []
     wish = Wish("a green ball falling", gallery.add_picture(np.full((64, 64, 3), 90, np.uint8)), steps=4, num_frames=8, text=2.0)
     desk = Desk(clip_maker(pipeline, gallery), Turns(), heard.append)
-    desk.ask(dict(wish=asdict(wish))); assert desk.idle.wait(60)
+    desk.ask(dict(wish=asdict(wish))); assert desk.idle.wait(120)
     assert heard[-1]["event"] == "done", heard[-1]
     assert [e["done"] for e in heard if e["event"] == "step"] == [1, 2, 3, 4] and sum(e["event"] == "preview" for e in heard) == 2
     kept = gallery.find(wish)
@@ -75,10 +75,10 @@ def test_the_maker_makes_what_the_pipeline_makes_shows_steps_and_answers_again_a
     clips.save(tmp_path / "same.mp4")
     from opensora_nb.data.video import decode
     assert np.array_equal(decode(kept.path), decode(tmp_path / "same.mp4"))
-    desk.ask(dict(wish=asdict(wish))); assert desk.idle.wait(10) and heard[-1] == dict(event="done", number=2, seconds=heard[-1]["seconds"], clip=kept.path.name, cached=True)
-    desk.ask(dict(xray=kept.path.name, step=1, frame=1)); assert desk.idle.wait(30) and set(heard[-1]["xray"]) >= {"nothing", "the image", "guided", "text term"}
+    desk.ask(dict(wish=asdict(wish))); assert desk.idle.wait(120) and heard[-1] == dict(event="done", number=2, seconds=heard[-1]["seconds"], clip=kept.path.name, cached=True)
+    desk.ask(dict(xray=kept.path.name, step=1, frame=1)); assert desk.idle.wait(120) and set(heard[-1]["xray"]) >= {"nothing", "the image", "guided", "text term"}
     for request, why in ((dict(wish=dict(steps=0)), "steps"), (dict(wish=dict(num_frames=3)), "frames"), (dict(wish=dict(picture="no.png")), "no picture"), (dict(xray="no.mp4"), "no such clip"), (dict(xray=kept.path.name, step=9), "steps 0 to 3")):
-        desk.ask(request); assert desk.idle.wait(30) and heard[-1]["event"] == "failed" and why in heard[-1]["why"], heard[-1]
+        desk.ask(request); assert desk.idle.wait(120) and heard[-1]["event"] == "failed" and why in heard[-1]["why"], heard[-1]
     assert len(gallery.list()) == 1 and not [p for p in (tmp_path / "clips").iterdir() if p.name.startswith(".")]
 
 @pytest.mark.slow

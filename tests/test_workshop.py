@@ -31,7 +31,7 @@ def test_turns_are_given_in_the_order_asked():
     with turns:
         threads = []
         for k in range(20): threads.append(t := threading.Thread(target=wait, args=(k,))); t.start(); until(lambda: len(turns._waiting) == k + 1)
-    for t in threads: t.join(5)
+    for t in threads: t.join(60)
     assert order == list(range(20))
     with turns: pass                                             # free again
 
@@ -46,7 +46,7 @@ def test_a_drag_of_two_hundred_wishes_leaves_one_waiting_and_makes_two():
     desk = Desk(make, Turns(), heard.append)
     numbers = [desk.ask(dict(n=n)) for n in range(200)]
     assert numbers == list(range(1, 201)) and sum(k == "replaced" for k in kinds(heard)) == 198
-    make.go.set(); assert desk.idle.wait(10)
+    make.go.set(); assert desk.idle.wait(120)
     assert [r["n"] for r in make.finished] == [0, 199] and make.under_way == 2
 
 def test_cancel_takes_effect_at_the_next_step_and_only_there():
@@ -54,15 +54,15 @@ def test_cancel_takes_effect_at_the_next_step_and_only_there():
     make.go.set()
     desk = Desk(make, Turns(), heard.append)
     desk.ask({}); until(lambda: any(e["event"] == "step" for e in heard))
-    desk.ask({}); desk.cancel(); assert desk.idle.wait(5)
+    desk.ask({}); desk.cancel(); assert desk.idle.wait(120)
     assert sorted(kinds(heard)[-2:]) == ["cancelled", "cancelled"] and not make.finished
-    heard.clear(); desk.ask(dict(n=1)); assert desk.idle.wait(5) and heard[-1]["event"] == "done", "the desk is as before"
+    heard.clear(); desk.ask(dict(n=1)); assert desk.idle.wait(120) and heard[-1]["event"] == "done", "the desk is as before"
 
 def test_a_maker_that_raises_costs_its_clip_alone():
     def make(request, tell, work): raise ValueError("two\nlines")
     heard = []
     desk = Desk(make, Turns(), heard.append)
-    desk.ask({}); assert desk.idle.wait(5)
+    desk.ask({}); assert desk.idle.wait(120)
     assert heard[-1]["event"] == "failed" and heard[-1]["why"] == "ValueError: two lines"
 
 def test_visitors_share_steps_and_see_nothing_of_each_other(tmp_path):
@@ -124,7 +124,7 @@ def test_a_workshop_that_is_killed_is_gone_and_the_next_one_serves(tmp_path):
         heard = []
         v = Visitor(folder, heard.append)
         v.ask({}); until(lambda: any(e["event"] == "step" for e in heard))
-        shop.send_signal(signal.SIGKILL); shop.wait(10)
+        shop.send_signal(signal.SIGKILL); shop.wait(60)
         until(lambda: heard[-1]["event"] == "gone")
         with pytest.raises(UserError, match="gone"):
             for _ in range(20): v.ask({}); time.sleep(0.05)
