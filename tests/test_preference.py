@@ -299,7 +299,7 @@ def test_ten_pairs_are_rated_by_keys_with_a_reload_on_the_way(home, study, tmp_p
         page.wait_for_function(SEEN, timeout=120_000)
         page.wait_for_url("**/?rater=ann%20b", wait_until="commit", timeout=120_000); assert page.evaluate(STATE) == [0, 0]
         boxes = page.evaluate("[...document.querySelectorAll('.os-ask, .os-screen')].map(e => JSON.stringify(e.getBoundingClientRect()))")
-        a = page.evaluate("[...document.querySelectorAll('video')].map(v => v.currentTime)"); page.wait_for_function(f"(v => v.length == 2 && (v[0].currentTime != {a[0]} || v[0].ended) && Math.abs(v[0].currentTime - v[1].currentTime) < 0.2)([...document.querySelectorAll('video')])")
+        a = page.evaluate("[...document.querySelectorAll('video')].map(v => v.currentTime)"); page.wait_for_function(f"(v => v.length == 2 && v[0].currentTime != {a[0]} && !v[0].ended && !v[1].ended && Math.abs(v[0].currentTime - v[1].currentTime) < 0.2)([...document.querySelectorAll('video')])")
         assert page.evaluate("[...document.querySelectorAll('video')].every(v => v.muted && !v.loop)"), "both play, in step"
         for k in range(4): rate_pair(page, k, k % 2)
         page.wait_for_function(SEEN)

@@ -9,7 +9,7 @@ __all__ = ['PARALLEL', 'INT32', 'ColumnParallelConv3d', 'RowParallelConv3d', 'Sp
            'overflows_int32', 'Mend', 'ways_to_mend']
 
 # %% ../../nbs/cluster/05_conv_parallel.ipynb #46f7ce68
-import copy, gc, tempfile, time
+import copy, tempfile, time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -278,13 +278,12 @@ def clip_grad_norm(model: nn.Module, max_norm: float, group=None) -> torch.Tenso
 
 # %% ../../nbs/cluster/05_conv_parallel.ipynb #57afe329
 def leave_group() -> None:
-    """Destroys this process's groups, and sees their threads end.
+    """Destroys this process's groups, and gives gloo's threads a moment.
 
-    A thread of gloo may still hold the tensors of the last exchange, and lets go of them under the interpreter's lock. Once the interpreter is ending that is an abort (exit code -6), of a process that has done all of its work.
+    A thread of gloo may still hold the tensors of the last exchange, and lets go of them under the interpreter's lock. Once the interpreter is ending that is an abort (exit code -6), of a process that has done all of its work. DDP keeps its group, and so these threads, until then.
     """
     dist.destroy_process_group()
-    time.sleep(0.1)            # the lock is free: a thread that waits for it gets through
-    gc.collect()               # a group held by a cycle, as DDP's is, would live on; the end of a group waits for its threads
+    time.sleep(0.2)            # the lock is free: a thread that waits for it gets through
 
 def _member(rank: int, function: Callable, processes: int, folder: str, timeout_s: float, args: tuple) -> None:
     torch.set_num_threads(1)
