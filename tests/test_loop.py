@@ -197,6 +197,17 @@ def test_a_gradient_that_is_not_finite_stops_as_well(tmp_path):
     cfg = LoopConfig(steps=3, precision="fp32")
     error(lambda: train(model, lambda b, g: dict(loss=model(torch.zeros(1, 1)).sub(model.bias).abs().sqrt().sum()), Shuffled(4, cfg), cfg, tmp_path, {}, {}, quiet=True), "not finite at step 1", "no checkpoint yet")
 
+@pytest.mark.parametrize("able", [True, False])
+def test_bfloat16_is_used_where_it_saves_time(able, tmp_path, monkeypatch):
+    monkeypatch.setattr("opensora_nb.training.loop.computes_bf16", lambda device: able)
+    layer, seen = nn.Linear(4, 4), []
+    def loss(batch, generator):
+        seen.append((y := layer(torch.ones(1, 4))).dtype)
+        return dict(loss=y.float().square().mean())
+    cfg = LoopConfig(steps=2, muon=1.0)
+    train(layer, loss, Shuffled(4, cfg), cfg, tmp_path, {}, {}, quiet=True, units=[layer])
+    assert seen == [torch.bfloat16 if able else torch.float32] * 2 and all(torch.isfinite(p).all() for p in layer.parameters())
+
 
 # ---- two players ----
 @pytest.fixture(scope="module")

@@ -148,12 +148,14 @@ def costs(recipe, folder: Path, engine) -> str:
     "A line: what the plan had said of memory and time, and what they were; also in `costs.json`. Nothing for a run that made no step."
     import json
     from statistics import median
+    from opensora_nb.cluster.engine import computes_bf16
     from opensora_nb.cluster.files import whole
     from opensora_nb.training.loop import read_log
     from opensora_nb.training.plan import job_of, predict
     log, device = read_log(folder), str(engine.device)
     if not log: return ""
-    bytes_, seconds = predict(job_of(recipe, gpus=engine.world_size), engine.device, engine.world_size)
+    job = job_of(recipe, gpus=engine.world_size)
+    bytes_, seconds = predict(job if computes_bf16(engine.device) else replace(job, precision="fp32"), engine.device, engine.world_size)
     found = dict(device=device, processes=engine.world_size, predicted_gb=round(bytes_ / 2**30, 3), memory_gb=max(log["memory_gb"]), predicted_seconds=seconds, seconds=median(log["seconds"]))
     with whole(folder / "costs.json") as out: out.write_text(json.dumps(found, indent=1) + "\n")
     own = "" if engine.device.type == "cuda" else ", libraries and data included"

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Loss', 'Prepare', 'Sample', 'LoopConfig', 'learning_rate', 'Batch', 'Feed', 'source_of_noise', 'sample_indices',
-           'Indices', 'Shuffled', 'update_average', 'StopRequest', 'make_optimizer', 'Together', 'Step', 'Player',
-           'Rival', 'Progress', 'learned', 'advance', 'Records', 'Silence', 'memory_gb', 'read_log', 'put',
-           'averaged_weights', 'train']
+           'Indices', 'Shuffled', 'update_average', 'StopRequest', 'make_optimizer', 'Muon', 'orthogonal', 'Together',
+           'Step', 'Player', 'Rival', 'Progress', 'learned', 'advance', 'Records', 'Silence', 'memory_gb', 'read_log',
+           'put', 'averaged_weights', 'train']
 
 # %% ../../nbs/training/00_loop.ipynb #5acc7d7a
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import errno, io, json, math, signal, sys, threading, time, torch, torch.nn as nn
 from tqdm import tqdm
 from ..cluster.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from ..cluster.engine import Engine, learning, placed_like
+from ..cluster.engine import Engine, computes_bf16, learning, placed_like
 from ..cluster.files import UserError, whole
 
 # %% ../../nbs/training/00_loop.ipynb #bacc0f8a
@@ -37,7 +37,7 @@ class LoopConfig:
     muon: float = 0.0                  # the blocks' matrices learn by Muon, at so many times the learning rate; 0: all by AdamW (the report)
     clip: float = 1.0                  # largest gradient norm
     ema: float = 0.99                  # of the averaged weights, which are the ones to use; 0: none
-    precision: str = "bf16"            # of activations: bf16 (autocast) or fp32; weights are float32
+    precision: str = "bf16"            # of activations: bf16 (autocast; float32 on a CPU that cannot) or fp32; weights are float32
     seed: int = 42                     # of sample order, noise and dropout
     save_every: int = 200              # steps between checkpoints
     sample_every: int = 1000           # steps between samples; 0: none
@@ -154,15 +154,35 @@ class StopRequest:
 
 # %% ../../nbs/training/00_loop.ipynb #62280d0b
 def make_optimizer(params: Sequence[nn.Parameter], cfg: LoopConfig, matrices: Sequence[nn.Parameter] = ()) -> torch.optim.Optimizer:
-    """AdamW, as the report has it; or, where `cfg.muon` asks for it, Muon for `matrices` and AdamW for the rest. A group's `times` is how many learning rates it moves by.
-
-    Raises UserError for a PyTorch that has no Muon (before 2.9).
-    """
+    "AdamW, as the report has it; or, where `cfg.muon` asks for it, Muon for `matrices` and AdamW for the rest. A group's `times` is how many learning rates it moves by."
     if not cfg.muon or not matrices: return torch.optim.AdamW(params, cfg.lr, cfg.betas, cfg.eps, cfg.weight_decay)
-    if not hasattr(torch.optim, "Muon"): raise UserError(f"muon wants PyTorch 2.9, and this is {torch.__version__}: choose muon 0")
     theirs = {id(p) for p in matrices}
-    return Together(torch.optim.Muon([dict(params=list(matrices), times=cfg.muon)], cfg.lr, cfg.weight_decay, adjust_lr_fn="match_rms_adamw"),
+    return Together(Muon([dict(params=list(matrices), times=cfg.muon)], cfg.lr, cfg.weight_decay),
                     torch.optim.AdamW([dict(params=[p for p in params if id(p) not in theirs], times=1.0)], cfg.lr, cfg.betas, cfg.eps, cfg.weight_decay))
+
+class Muon(torch.optim.Optimizer):
+    """Matrices move along their momentum with all its singular values made about one (Jordan et al., 2024), as far as AdamW would: `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, in the precision that the device computes in."""
+    def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.95): super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state: state["momentum_buffer"] = torch.zeros_like(p.grad)
+                mean = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(orthogonal(p.grad.lerp(mean, group["momentum"])), alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+
+def orthogonal(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    "A matrix with the singular vectors of `x` and singular values between about 0.7 and 1.2: Newton and Schulz's iteration, with Jordan's coefficients."
+    y = x.bfloat16() if computes_bf16(x.device) else x.float()
+    if x.shape[0] > x.shape[1]: y = y.T
+    y = y / y.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        gram = y @ y.T
+        y = torch.addmm(y, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), y, beta=3.4445)
+    return (y.T if x.shape[0] > x.shape[1] else y).to(x.dtype)
 
 class Together(torch.optim.Optimizer):
     "Optimizers of different parameters as one, with one state to save."
@@ -204,7 +224,7 @@ class Player:
 
     def precision(self) -> AbstractContextManager:
         "Of activations, as the settings say."
-        return torch.autocast(self.engine.device.type, torch.bfloat16, enabled=self.cfg.precision == "bf16")
+        return torch.autocast(self.engine.device.type, torch.bfloat16, enabled=self.cfg.precision == "bf16" and computes_bf16(self.engine.device))
 
     def play(self, share: float, last: bool, *given, clock: Callable[[str], AbstractContextManager] = nullcontext) -> dict[str, torch.Tensor]:
         "Loss and gradients of one batch, which counts by its share; what to log. clock: around \"forward\" and \"backward\"."
