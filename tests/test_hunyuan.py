@@ -194,6 +194,19 @@ def test_a_compiler_is_given_the_plain_padding():
     compiled = torch.compile(lambda x: causal_pad(x, 2, 1, norm), backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), plain_pad(x, 2, 1, norm)) and off(compiled(x), causal_pad(x, 2, 1, norm)) < 1e-5
 
+@pytest.mark.parametrize("factors,frames", [((2, 2, 2), 3), ((1, 2, 2), 3), ((2, 2, 2), 1)])
+def test_a_compiler_is_given_the_enlarged_clip_without_writes_in_strides(factors, frames):
+    up, x = Up(4, factors), video(1, 4, frames, 3, 4).requires_grad_()
+    wrt, compiled = (x, *up.parameters()), torch.compile(up, backend="eager", fullgraph=True)
+    assert off(compiled(x), up(x)) < 1e-5
+    for a, b in zip(torch.autograd.grad(compiled(x).square().sum(), wrt), torch.autograd.grad(up(x).square().sum(), wrt)): assert off(a, b) < 1e-4
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_upsampling_compiles():
+    up, x = Up(4, (2, 2, 2)), video(1, 4, 3, 4, 4)
+    assert off(torch.compile(up)(x), up(x)) < 1e-5                  # PyTorch 2.13 cannot compile the writes in strides: "vr must not be None"
+
 def test_bfloat16_and_autocast_run_and_are_near():
     model, x = grown(), video(1, 3, 5, 16, 16)
     exact = gradients(model, x)

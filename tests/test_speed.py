@@ -4,6 +4,7 @@ import pytest, torch, torch.nn as nn
 import torch.nn.functional as F
 from opensora_nb.autoencoder import speed
 from opensora_nb.autoencoder.dc_ae import Conv3d, Depthwise, Down, VideoDCAE, VideoDCAEConfig, shortcut_down, shortcut_up
+from opensora_nb.autoencoder.hunyuan import HunyuanVAE, HunyuanVAEConfig
 from opensora_nb.autoencoder.speed import FastConv3d, FastDepthwise, FoldedDown, FoldedUp, averaged_down, convolution, doubled_convolution, optimize, parity_weights, with_shortcut_down
 WIDE = VideoDCAEConfig(8, ("ResBlock", "ResBlock", "EViTS5_GLU"), (64, 64, 64), (1, 1, 1), (64, 64, 64), (1, 1, 1), (True, False, False), (True, False, False))
 
@@ -208,3 +209,15 @@ def test_no_gradient_is_left_unwritten_in_bfloat16(frames, kernel):
         del used
         with torch.autocast("cpu", torch.bfloat16): ours = convolution(x, w, None, (1, 1, 1))
         near(gradients(ours.float(), weigh, (w,))[0], expected, 0.05)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", ["dc-ae", "causal"])
+def test_encoder_and_decoder_compile_into_one_graph_each(kind, grad):
+    net = optimize(copy.deepcopy(model()) if kind == "dc-ae" else HunyuanVAE(HunyuanVAEConfig((8, 16, 16, 16), layers_per_block=1, norm_num_groups=4)).eval())
+    video = torch.randn(1, 3, 8 if kind == "dc-ae" else 9, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.set_grad_enabled(grad):
+        latent = net.encode(video)
+        clip = net.decode(latent, video.shape[2])
+        for part in (net.encoder, net.decoder): part.compile(backend="eager", fullgraph=True)          # fullgraph: raises where the graph breaks
+        near(net.encode(video), latent); near(net.decode(latent, video.shape[2]), clip)

@@ -104,7 +104,7 @@ def take_turns(ways: dict[str, Callable[[], object]], repetitions: int, warm_up:
             gc.collect()
             cpu, start = time.process_time(), time.perf_counter()
             ways[name]()
-            found[name]["seconds"].append(time.perf_counter() - start); found[name]["cpu_seconds"].append(time.process_time() - cpu)
+            found[name]["seconds"].append(round(time.perf_counter() - start, 6)); found[name]["cpu_seconds"].append(round(time.process_time() - cpu, 6))
         round_ += 1
     return found
 
@@ -270,7 +270,7 @@ class AEBench:
     repetitions: int = 3                   # of what is timed; the median counts
     cases: tuple[Case, ...] = (Case("DC-AE, pocket", pocket(), (3, 12, 64, 64)), Case("DC-AE, half width", half_dcae(), (1, 8, 64, 64)),
                                Case("causal, pocket", pocket_causal(), (3, 13, 64, 64)), Case("causal, half width", half_causal(), (1, 9, 64, 64)))
-    compiled: Case | None = Case("DC-AE, pocket", pocket(), (3, 12, 64, 64))
+    compiled: tuple[Case, ...] = (Case("DC-AE, pocket", pocket(), (3, 12, 64, 64)), Case("causal, pocket", pocket_causal(), (3, 13, 64, 64)))
     memory: tuple[int, int, int] | None = (128, 256, 256)     # T, H, W of the clip that the published model encodes in tiles
     memory_model: VideoDCAEConfig = VideoDCAEConfig()
     memory_tiling: Tiling = RELEASE
@@ -284,7 +284,7 @@ def quick(cfg: AEBench) -> AEBench:
     "Seconds instead of minutes: every line runs, no figure means much."
     dcae = VideoDCAEConfig(8, ("ResBlock", "ResBlock", "EViTS5_GLU"), (32, 64, 64), (1, 1, 1), (32, 64, 64), (1, 1, 1), (True, True, False), (True, True, False))
     causal = HunyuanVAEConfig((8, 16, 16, 16), layers_per_block=1, norm_num_groups=4)
-    return replace(cfg, repetitions=1, cases=(Case("DC-AE, tiny", dcae, (1, 8, 32, 32)), Case("causal, tiny", causal, (1, 9, 32, 32))), compiled=None,
+    return replace(cfg, repetitions=1, cases=(Case("DC-AE, tiny", dcae, (1, 8, 32, 32)), Case("causal, tiny", causal, (1, 9, 32, 32))), compiled=(),
                    memory=(16, 64, 64), memory_model=dcae, memory_tiling=Tiling(32, 8), gpu=(GPUCase("DC-AE, tiny", dcae, (2, 8, 32, 32)),))
 
 # %% ../../nbs/autoencoder/09_bench.ipynb #e7e3b5c6
@@ -303,11 +303,12 @@ def bench_ae(cfg: AEBench = AEBench(), command: str = "", say: Callable[[str], N
     try:
         result = dict(suite="ae", date=datetime.now(timezone.utc).isoformat(timespec="seconds"), command=command, machine=machine() | dict(versions=_versions()), settings=dict(threads=cfg.threads, repetitions=cfg.repetitions), rows=[], equality=[])
         result["machine"].pop("libraries", None)                                # of the decoder, which has no part in this
+        result["machine"]["vectors"] = torch.backends.cpu.get_cpu_capability()  # what convolutions gain depends on how wide these are
         before = processor_seconds()
         for case in cfg.cases:
             rows, equality = bench_case(case, cfg.repetitions, say)
             result["rows"] += rows; result["equality"] += equality
-        result["compiled"] = bench_compiled(cfg.compiled, cfg.repetitions, say) if cfg.compiled else dict(missing="not asked for")
+        result["compiled"] = [bench_compiled(case, cfg.repetitions, say) for case in cfg.compiled]
         result["others_share"] = others_share(before, processor_seconds())
         if cfg.memory:
             say(f"memory: {cfg.memory[0]} frames of {cfg.memory[1]} x {cfg.memory[2]} pixels, in tiles")
@@ -321,14 +322,15 @@ def bench_ae(cfg: AEBench = AEBench(), command: str = "", say: Callable[[str], N
 def report(result: dict) -> str:
     "The record as a few tables."
     m, s = result["machine"], result["settings"]
-    lines = [f"{m['cpu']}, {m['cores']} cores, {m['memory_gb']} GB; torch {m['versions']['torch']}, diffusers {m['versions']['diffusers']}; {s['threads']} threads, float32, medians of {s['repetitions']}; others used {result['others_share'] or 0:.0%} of the machine"]
+    lines = [f"{m['cpu']}, {m['cores']} cores, {m['memory_gb']} GB, vectors {m['vectors']}; torch {m['versions']['torch']}, diffusers {m['versions']['diffusers']}; {s['threads']} threads, float32, medians of {s['repetitions']}; others used {result['others_share'] or 0:.0%} of the machine"]
     for r in result["rows"]:
         label = f"  {r['case'] + ', ' + ' x '.join(map(str, r['clip'])) + (', ' + r['what'] if 'what' in r else ''):52}"
         lines.append(label + (f"{r['ours_s']:8.2f} s   {r['best']} {r['theirs_s']:8.2f} s   {r['ratio']:.2f} times ours on the clock, {r['cpu_ratio']:.2f} in seconds of processors" if "ratio" in r else f"{r['against']}: {r['missing']}"))
+    for e in result.get("elsewhere", ()): lines.append(f"another machine ({e['cpu']}, vectors {e['vectors']}, {e['date'][:10]}): " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in e["ratios"].items()))
     lines.append("largest differences, as a share of the largest number")
     for e in result["equality"]: lines.append(f"  {e['case'] + ', ' + e['what'] + ' against ' + e['against']:52}{e['largest_difference']:10.1e} ({'equal' if e['equal'] else 'NOT EQUAL'}: {e['allowed']:.0e} allowed)")
-    c = result["compiled"]
-    lines.append("torch.compile on this processor: " + (c["missing"] if "missing" in c else f"{c['case']}: {c['compile_s']:.0f} s to compile, then " + ", ".join(f"{r['what']} {r['ratio']:.2f} times as fast as without" for r in c["rows"]) + (f" ({c['note']})" if "note" in c else "")))
+    for c in result["compiled"]:
+        lines.append(f"torch.compile on this processor, {c['case']}: " + (c["missing"] if "missing" in c else f"{c['compile_s']:.0f} s to compile, then " + ", ".join(f"{r['what']} {r['ratio']:.2f} times as fast as without" for r in c["rows"])))
     if mem := result.get("memory"):
         lines.append(f"memory: {mem['clip'][0]} frames of {mem['clip'][1]} x {mem['clip'][2]} encoded in tiles: " + (mem["missing"] if "missing" in mem else f"{mem['peak_mb']:.0f} MB at the peak ({'under' if mem['peak_mb'] < mem['limit_mb'] else 'OVER'} {mem['limit_mb']:.0f}), {mem['before_mb']:.0f} MB before, {mem['seconds']:.0f} s" + (f" ({mem['note']})" if "note" in mem else "")))
     return "\n".join(lines + _gpu_lines(result["gpu"]))

@@ -46,7 +46,8 @@ class ChannelRMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         unit = x * torch.rsqrt(x.float().square().mean(1, keepdim=True) + 1e-5).to(x.dtype)
         weight, bias = (p.to(x.dtype).view(1, -1, 1, 1, 1) for p in (self.weight, self.bias))
-        return torch.addcmul(bias, unit, weight, out=None if torch.is_grad_enabled() else unit)       # bias + unit * weight; in place where nobody will ask for it again
+        kept = torch.is_grad_enabled() or torch.compiler.is_compiling()                       # a compiler fuses it anyway, and would break its graph here
+        return torch.addcmul(bias, unit, weight, out=None if kept else unit)                  # bias + unit * weight; in place where nobody will ask for it again
 
 class Conv3d(nn.Conv3d):
     "The convolution, on a CPU always by oneDNN. For a single small clip PyTorch would take another routine, several times slower; its backward pass is PyTorch's choice."

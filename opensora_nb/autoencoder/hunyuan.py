@@ -189,6 +189,13 @@ class _Weave(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad): return None, None, *(grad[place] for place in ctx.places)
 
+def _interleaved(parts: list[Tensor]) -> Tensor:
+    "The same for a compiler, which stumbles over writes with a stride: parts of even and odd frames (where there are two kinds), of even and odd rows, of even and odd columns."
+    pair = lambda a, b, dim: torch.stack((a, b), dim + 1).flatten(dim, dim + 1)
+    rows = [pair(a, b, 4) for a, b in zip(parts[::2], parts[1::2])]
+    frames = [pair(a, b, 3) for a, b in zip(rows[::2], rows[1::2])]
+    return frames[0] if len(frames) == 1 else torch.cat([pair(frames[0][:, :, :-1], frames[1], 2), frames[0][:, :, -1:]], 2)
+
 def _merged(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     "A kernel of three taps along `dim` as two of two taps: for even outputs and for odd ones."
     a, b, c = weight.unbind(dim)
@@ -236,7 +243,7 @@ class Up(nn.Module):
                 for w, kernel in enumerate(_merged(of_h, 4)):
                     parts.append(self.conv.apply_weight(x[:, :, t:, h : h + H + 1, w : w + W + 1], kernel.to(weight.dtype)))
                     places.append((slice(None), slice(None), slice(t, None, len(in_time)), slice(h, None, 2), slice(w, None, 2)))
-        return _Weave.apply((B, len(weight), 2 * T - 1 if double else T, 2 * H, 2 * W), places, *parts)
+        return _interleaved(parts) if torch.compiler.is_compiling() else _Weave.apply((B, len(weight), 2 * T - 1 if double else T, 2 * H, 2 * W), places, *parts)
 
 # %% ../../nbs/autoencoder/02_hunyuan.ipynb #37ed9a18
 @dataclass(frozen=True)
