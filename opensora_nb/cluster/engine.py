@@ -96,7 +96,7 @@ def learning(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 def computes_bf16(device: torch.device | str) -> bool:
-    "Whether bfloat16 saves time there. On a CPU without instructions for it, it would cost ten times the time of float32."
+    "Whether bfloat16 saves time there. On a CPU without instructions for it, it costs several times the time of float32."
     return torch.device(device).type != "cpu" or (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 def placed_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

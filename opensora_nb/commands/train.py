@@ -144,6 +144,7 @@ def run(cfg: Config) -> int:
     finally: engine.close()
     return 0
 
+# %% ../../nbs/commands/04_train.ipynb #44776655
 def costs(recipe, folder: Path, engine) -> str:
     "A line: what the plan had said of memory and time, and what they were; also in `costs.json`. Nothing for a run that made no step."
     import json
