@@ -121,8 +121,10 @@ def test_a_run_that_is_interrupted_and_then_killed_ends_like_one_that_was_not(st
     assert a.keys() == b.keys() and all(a[k] == b[k] for k in a.keys() - COSTS)
     assert [p.name for p in checkpoints(run / "checkpoints")] == ["step-0000032", "step-0000040"]
 
-def test_the_curves_of_tensorboard_have_each_step_once(straight, tmp_path):
+def test_the_curves_of_tensorboard_have_each_step_once(straight, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer import event_file_writer
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9))      # file 9 of a second, and 10, which comes before it by name
     run = tmp_path / "run"
     with pytest.raises(UserError): fit(run, bad_at=13)                                             # curves up to 12, checkpoint at 8
     fit(run)

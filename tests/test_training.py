@@ -22,7 +22,7 @@ from opensora_nb.data.curate import CurateConfig, curate
 from opensora_nb.data.manifest import read_manifest, write_manifest
 from opensora_nb.data.scores import motion_score
 from opensora_nb.data.video import decode, write_video
-from opensora_nb.data.world import render, rgb_luma, world_truth
+from opensora_nb.data.world import render, rgb_luma, sample_truth, world_truth
 from opensora_nb.mmdit import model as mmdit
 from opensora_nb.mmdit.model import MMDiT
 from opensora_nb.mmdit.text import TextEncoder, decorate
@@ -393,6 +393,16 @@ def test_the_world_cache_is_rendered_once_and_is_the_pocket_world(clips, tmp_pat
     assert file.stat().st_mtime_ns == before and (a.clips == b.clips).all() and (a.clips == clips.clips[:2]).all() and (a.clips[1] == render(world_truth(11, 1), 32, 8)).all()
     assert a.motion[0] == np.float32(motion_score(rgb_luma(a.clips[0]))) and all(len(forms) == 2 and len(forms[0]) > len(forms[1]) for forms in a.captions)
     error(lambda: world_cache(file, 12, 2, 32, 8), "seed 11", "seed 12")
+
+def test_a_share_of_the_world_moves_fast(clips, tmp_path):
+    late = world_cache(tmp_path / "late", 11, 4, 32, 8, first=2)
+    assert (late.clips == clips.clips[2:6]).all() and late.captions == clips.captions[2:6] and "4 clips from number 2, 8 frames" in late.origin
+    half = world_cache(tmp_path / "half", 11, 4, 32, 8, first=2, fast_share=0.5)
+    assert half.captions == late.captions and (half.clips[::2] == late.clips[::2]).all() and all((a != b).any() for a, b in zip(half.clips[1::2], late.clips[1::2])) and "0.5 of them fast" in half.origin
+    fast = [world_truth(3, i, 1.0) for i in range(24)]
+    assert fast == [sample_truth(np.random.default_rng((3, i)), (5.0, 9.5)) for i in range(24)] and sum(world_truth(3, i, 0.25) == truth for i, truth in enumerate(fast)) == 6
+    scores = [motion_score(rgb_luma(render(truth, 64, 32))) for truth in fast]
+    assert np.median(scores) > 6 and max(scores) > 8
 
 def test_a_file_that_is_no_clip_cache_is_one_line(clips, tmp_path):
     clips.save(good := tmp_path / "good")

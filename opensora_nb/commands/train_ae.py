@@ -25,6 +25,8 @@ class TrainConfig:
     out: Path = Path("runs")                   # folder of runs
     data: Path | None = None                   # a curated folder, a training table (.csv, .parquet) or a clip cache (.safetensors); without it the pocket world is rendered to OUT/data
     clips: int = 2400                          # clips of the pocket world to train on (0.15 s each to render, once)
+    first_clip: int = 0                        # number of the first of them: from other numbers on the world has other clips
+    fast_share: float = 0.0                    # share of them that move fast, with motion scores of 5 to 9.5 in place of 0 to 8
     init: Path | None = None                   # weights to go on from, in place of random ones; "shipped" takes the pocket weights of the package
     steps: int | None = None                   # optimizer steps, in place of the recipe's
     batch_size: int | None = None              # samples a step, in place of the recipe's
@@ -43,7 +45,9 @@ class TrainConfig:
     def training_clips(self, size: int, num_frames: int) -> ClipCache:
         "Clips to train on."
         if self.clips < 1: raise UserError(f"clips must be at least 1, got {self.clips}")
-        if self.data is None: return self._world(0, self.clips, size, num_frames)
+        if self.first_clip < 0: raise UserError(f"first-clip must not be negative, got {self.first_clip}")
+        if not 0 <= self.fast_share <= 1: raise UserError(f"fast-share must be between 0 and 1, got {self.fast_share}")
+        if self.data is None: return self._world(0, self.clips, size, num_frames, self.first_clip, self.fast_share)
         path = existing(self.data, "training data", "a folder made by `osnb curate`, a training table, or a clip cache")
         return ClipCache.load(path) if path.suffix == ".safetensors" else curated_cache(path, size, num_frames)
 
@@ -51,9 +55,10 @@ class TrainConfig:
         "Clips of another seed of the pocket world, never trained on."
         return self._world(1, count, size, num_frames)
 
-    def _world(self, seed: int, count: int, size: int, num_frames: int) -> ClipCache:
+    def _world(self, seed: int, count: int, size: int, num_frames: int, first: int = 0, fast_share: float = 0.0) -> ClipCache:
         render = 64 if 64 % size == 0 else size                       # once for all the sizes that stages go through
-        cache = world_cache(self.out / "data" / f"pocket-world-{seed}-{count}x{num_frames}-{render}px.safetensors", seed, count, render, num_frames)
+        which = f"{seed}-{count}{f'-from-{first}' if first else ''}{f'-fast-{fast_share:g}' if fast_share else ''}"
+        cache = world_cache(self.out / "data" / f"pocket-world-{which}x{num_frames}-{render}px.safetensors", seed, count, render, num_frames, first=first, fast_share=fast_share)
         return cache if size == render else cache.shrunk(size)
 
     def start_from(self, kind: str) -> Path | None:

@@ -67,20 +67,20 @@ def _motions(clips: Sequence[np.ndarray]) -> np.ndarray:
     return np.array([motion_score(rgb_luma(clip)) if len(clip) > 1 else np.nan for clip in clips], np.float32)
 
 # %% ../../nbs/data/15_cache.ipynb #4ad54f48
-def world_cache(path: str | Path, seed: int, count: int, size: int = 64, num_frames: int = 32, progress: bool = True) -> ClipCache:
-    """`count` clips of the pocket world `seed`, rendered to `path` once (0.15 s each) and read from there afterwards.
+def world_cache(path: str | Path, seed: int, count: int, size: int = 64, num_frames: int = 32, progress: bool = True, first: int = 0, fast_share: float = 0.0) -> ClipCache:
+    """`count` clips of the pocket world `seed` from number `first` on, rendered to `path` once (0.15 s each) and read from there afterwards. For `fast_share` see `world_truth`.
 
     Raises UserError where the file holds something else.
     """
     from opensora_nb.data.world import FPS, caption, render, world_truth
-    origin = f"pocket world, seed {seed}, {count} clips, {num_frames} frames, {size} px"
+    origin = f"pocket world, seed {seed}, {count} clips{f' from number {first}' if first else ''}{f', {fast_share:g} of them fast' if fast_share else ''}, {num_frames} frames, {size} px"
     if Path(path).exists():
         cache = ClipCache.load(path)
         if cache.origin == origin: return cache
         raise UserError(f"{path} holds '{cache.origin}', not '{origin}': name another file or remove it")
     clips, captions = np.empty((count, num_frames, size, size, 3), np.uint8), []
     for i in tqdm(range(count), desc=origin, unit="clip", mininterval=2, disable=not progress):
-        truth = world_truth(seed, i)
+        truth = world_truth(seed, first + i, fast_share)
         clips[i] = render(truth, size, num_frames)
         captions.append([caption(truth), caption(truth, short=True)])
     cache = ClipCache(clips, captions, _motions(clips), FPS, origin)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VIEW', 'FPS', 'SHAPES', 'COLORS', 'ACTIONS', 'BACKGROUNDS', 'LIGHTINGS', 'STYLES', 'CAMERAS', 'TILE', 'FINE', 'FLOOR',
-           'HZ', 'Truth', 'texture', 'simulate', 'body_radius', 'Scene', 'render', 'rgb_luma', 'pace_for',
-           'sample_truth', 'world_truth', 'caption']
+           'HZ', 'USUAL', 'FAST', 'Truth', 'texture', 'simulate', 'body_radius', 'Scene', 'render', 'rgb_luma',
+           'pace_for', 'sample_truth', 'world_truth', 'caption']
 
 # %% ../../nbs/data/01_world.ipynb #4b1f633a
 from dataclasses import dataclass, replace
@@ -219,18 +219,20 @@ def pace_for(truth: Truth, score: float, size: int = 64, num_frames: int = 32) -
         low, high = (pace, high) if motion < score else (low, pace)
     return (low + high) / 2
 
-def sample_truth(rng: np.random.Generator, score: float | None = None) -> Truth:
-    "A random truth whose motion score at training size is `score`, or even between 0 and 8 where none is given."
+USUAL, FAST = (0.0, 8.0), (5.0, 9.5)              # motion scores of clips
+
+def sample_truth(rng: np.random.Generator, score: float | tuple[float, float] = USUAL) -> Truth:
+    "A random truth whose motion score at training size is `score`, or anything between two."
     pick = lambda options: str(rng.choice(list(options)))
     truth = Truth(int(rng.integers(2**31)), pick(SHAPES), pick(COLORS), int(rng.choice([1, 1, 2, 3])), pick(ACTIONS),
                   pick(BACKGROUNDS), pick(LIGHTINGS), pick(STYLES), pick(("static", "static", "pan left", "pan right", "zoom in", "zoom out")))
     if truth.action == "push" and truth.count == 1: truth = replace(truth, count=2)          # there must be something to push
-    score = rng.uniform(0, 8) if score is None else score
-    return replace(truth, pace=pace_for(truth, score))
+    return replace(truth, pace=pace_for(truth, rng.uniform(*score) if isinstance(score, tuple) else score))
 
-def world_truth(seed: int, index: int) -> Truth:
-    "Clip number `index` of the endless pocket world `seed`; held-out sets are other seeds."
-    return sample_truth(np.random.default_rng((seed, index)))
+def world_truth(seed: int, index: int, fast_share: float = 0.0) -> Truth:
+    "Clip number `index` of the endless pocket world `seed`, of which `fast_share` move fast, with scores of 5 to 9.5; held-out sets are other seeds."
+    fast = int((index + 1) * fast_share) > int(index * fast_share)
+    return sample_truth(np.random.default_rng((seed, index)), FAST if fast else USUAL)
 
 # %% ../../nbs/data/01_world.ipynb #0cd387f2
 def caption(truth: Truth, short: bool = False) -> str:

@@ -367,16 +367,21 @@ def _same_run(run: Path, config: dict) -> None:
         with whole(file) as out: out.write_text(text + "\n")
 
 # %% ../../nbs/training/00_loop.ipynb #8062987b
+def _curves(folder: Path, step: int) -> "SummaryWriter":
+    "A file of curves that TensorBoard reads after those that are there: it goes by their names, which tell seconds and no more."
+    from torch.utils.tensorboard import SummaryWriter
+    while any(folder.glob(f"*.tfevents.{int(time.time()):010d}.*")): time.sleep(0.05)
+    return SummaryWriter(str(folder), purge_step=step + 1)
+
 class Records(ExitStack):
     "A run's log, its curves and its progress bar, without what an earlier process wrote after `step`."
     def __init__(self, run: Path, step: int, steps: int, quiet: bool):
-        from torch.utils.tensorboard import SummaryWriter
         super().__init__()
         file, self.quiet = run / "log.jsonl", quiet
         run.mkdir(parents=True, exist_ok=True)
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         with whole(file) as out: out.write_text("".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step))      # a resumed run writes the others again
-        self.log, self.board = self.enter_context(open(file, "a")), self.enter_context(SummaryWriter(str(run / "tensorboard"), purge_step=step + 1))
+        self.log, self.board = self.enter_context(open(file, "a")), self.enter_context(_curves(run / "tensorboard", step))
         before = threading.excepthook
         self.callback(setattr, threading, "excepthook", before)
         threading.excepthook = lambda told: None if isinstance(told.exc_value, OSError) else before(told)       # TensorBoard writes in a thread; what stops it there is raised here as well
