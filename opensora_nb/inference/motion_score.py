@@ -45,14 +45,15 @@ def motion_response(pipeline: ImageToVideo, prompts: list[str], images: Tensor, 
         say(f"asked {score}: " + ", ".join(f"{name} {np.mean(column[-1]):.3f}" for name, column in columns.items()))
     return dict(asked=list(scores)) | {name: [list(row) for row in zip(*column)] for name, column in columns.items()} | dict(fidelity=lowest)
 
-def drift(rows: list[list[float]], asked: list[float], usual: float = 4) -> tuple[float, float]:
-    """How far a measure's mean over prompts goes, at most, from its mean at the `usual` score, as a share of that, and the standard error of that share.
+def drift(rows: list[list[float]], asked: list[float], usual: float | None = None) -> tuple[float, float]:
+    """How far a measure's mean over prompts goes, at most, from its mean over all scores, or at the `usual` one, as a share of that, and the standard error of that share.
 
     rows: a row a prompt, a column a score. Prompts are compared with themselves, so that what makes one easier than another is not in the error. ValueError for one prompt, or a usual score that was not asked for.
     """
     x = np.array(rows, float)
     if len(x) < 2: raise ValueError("a standard error needs at least two prompts")
-    apart = (x - x[:, [asked.index(usual)]]) / x[:, asked.index(usual)].mean()
+    middle = x.mean(1, keepdims=True) if usual is None else x[:, [asked.index(usual)]]
+    apart = (x - middle) / middle.mean()
     k = np.abs(apart.mean(0)).argmax()
     return float(apart.mean(0)[k]), float(apart[:, k].std(ddof=1) / len(x) ** 0.5)
 

@@ -80,7 +80,7 @@ def pocket_stage2() -> DiffusionRecipe:
 def pocket_stage3() -> DiffusionRecipe:
     "Stage 3 in pocket size: 64 px, with images; its weights are shipped."
     recipe = pocket_recipe()
-    return replace(recipe, loop=replace(recipe.loop, steps=7050, lr=1.6e-3, warmup=20))
+    return replace(recipe, loop=replace(recipe.loop, steps=8750, lr=1.6e-3, warmup=20))
 
 def pocket_image() -> DiffusionRecipe:
     "Pictures from words in pocket size: the small painter of first frames, 750,000 parameters."
