@@ -4,7 +4,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 import pytest, torch
-from opensora_nb.autoencoder.bench import (ALLOWED, AEBench, Case, Diffusers, GPUCase, bench_case, bench_compiled, bench_gpu, bench_gpu_case, build, differences, encode_peak, half_causal, half_dcae, operations, plain_twin, quick,
+from opensora_nb.autoencoder.bench import (ALLOWED, AEBench, Case, Diffusers, GPUCase, bench_case, bench_gpu, bench_gpu_case, build, differences, encode_peak, half_causal, half_dcae, operations, plain_twin, quick,
                                            ratio_figure, report, take_turns)
 from opensora_nb.autoencoder.dc_ae import Conv3d, Depthwise, VideoDCAE, VideoDCAEConfig
 from opensora_nb.autoencoder.hunyuan import HunyuanVAEConfig
@@ -79,10 +79,16 @@ def test_the_peak_is_that_of_a_fresh_process_and_tiles_lower_it():
 def test_a_process_that_fails_is_a_line():
     assert "the process ended with 1: ValueError" in encode_peak(TINY, (8, 33, 32), None, 1)["missing"]
 
-def test_a_compiler_that_fails_is_a_line(monkeypatch):
-    def broken(self, *args, **kwargs): raise RuntimeError("no C++\ncompiler")
-    monkeypatch.setattr(VideoDCAE, "encode", broken)
-    assert bench_compiled(Case("tiny", TINY, (1, 4, 16, 16)), 1, say=lambda line: None)["missing"] == "torch.compile failed here: no C++ compiler"
+def test_compiled_calls_are_a_way_of_ours_and_a_compiler_that_fails_is_a_line(monkeypatch):
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile(self, backend="eager"))            # the tracing without the generating of code
+    rows, _ = bench_case(Case("tiny", TINY, (1, 4, 16, 16), True), 1, say=lambda line: None)
+    for row in rows: assert list(row["ways"]) == ["ours", "ours, compiled", "plain twin"] and row["compiled"]["first_s"] >= 0 and row["compiled"]["ratio"] > 0 and row["best"] == "plain twin"
+    def broken(self): raise RuntimeError("no C++\ncompiler")
+    def fails(self): self._compiled_call_impl = lambda *args, **kwargs: broken(self)
+    monkeypatch.setattr(torch.nn.Module, "compile", fails)
+    rows, _ = bench_case(Case("tiny", TINY, (1, 4, 16, 16), True), 1, say=lambda line: None)
+    for row in rows: assert row["compiled"] == dict(missing="torch.compile failed here: no C++ compiler") and list(row["ways"]) == ["ours", "plain twin"] and row["ratio"] > 0
 
 @pytest.mark.soak
 @pytest.mark.slow
@@ -96,7 +102,7 @@ def test_the_quick_suite_runs_from_the_command_line_and_all_numbers_are_equal(tm
     assert len(ratio_figure(result).patches) == sum("ratio" in r for r in result["rows"])
 
 def check_schema(result):
-    assert {"suite", "date", "command", "machine", "settings", "rows", "equality", "compiled", "others_share", "memory", "gpu"} == result.keys() - {"elsewhere"} and result["suite"] == "ae"
+    assert {"suite", "date", "command", "machine", "settings", "rows", "equality", "others_share", "memory", "gpu"} == result.keys() - {"elsewhere"} and result["suite"] == "ae"
     assert result["machine"]["cpu"] and {"torch", "diffusers"} <= result["machine"]["versions"].keys()
     for row in result["rows"]:
         if "missing" in row: continue

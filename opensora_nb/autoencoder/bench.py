@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Autoencoder', 'ALLOWED', 'LIMITS', 'Case', 'build', 'plain_twin', 'Diffusers', 'differences', 'take_turns',
-           'bench_case', 'bench_compiled', 'encode_peak', 'GPUCase', 'operations', 'bench_gpu_case', 'bench_gpu',
-           'half_dcae', 'half_causal', 'AEBench', 'quick', 'bench_ae', 'report', 'ratio_figure']
+           'bench_case', 'encode_peak', 'GPUCase', 'operations', 'bench_gpu_case', 'bench_gpu', 'half_dcae',
+           'half_causal', 'AEBench', 'quick', 'bench_ae', 'report', 'ratio_figure']
 
 # %% ../../nbs/autoencoder/09_bench.ipynb #04e420bc
 import copy, gc, json, os, re, subprocess, sys, time
@@ -31,6 +31,7 @@ class Case:
     name: str
     model: Autoencoder
     clip: tuple[int, int, int, int]          # B, T, H, W
+    compiled: bool = False                   # time `torch.compile` on our side too
 
 def build(cfg: Autoencoder, seed: int = 0, device: str = "cpu") -> nn.Module:
     "An autoencoder with random weights in which every layer matters, in evaluation mode."
@@ -134,36 +135,34 @@ def bench_case(case: Case, repetitions: int, say: Callable[[str], None] = print)
     B, T, H, W = case.clip
     video = torch.randn(B, 3, T, H, W, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
     ours = optimize(copy.deepcopy(model))
+    models = {"ours": ours} | ({"ours, compiled": optimize(copy.deepcopy(model), compile=True)} if case.compiled else {}) | rivals
     say(f"{case.name}: equal?")
     found = differences(ours, next(iter(rivals.values())), video)
     equality = [dict(case=case.name, against=against, what=what, largest_difference=value, allowed=ALLOWED[what], equal=value <= ALLOWED[what]) for what, value in found.items()]
     rows = []
-    for what, calls in _calls({"ours": ours} | rivals, video):
+    for what, calls in _calls(models, video):
+        compiled = {}
+        if case.compiled:
+            say(f"{case.name}: {what}, compiling")
+            compiled = _compile(calls["ours, compiled"])
+            if "missing" in compiled: del calls["ours, compiled"]
         say(f"{case.name}: {what}")
         times = take_turns(calls, repetitions)
         best = min(rivals, key=lambda name: median(times[name]["seconds"]))
-        ours_s, theirs_s = median(times["ours"]["seconds"]), median(times[best]["seconds"])
-        rows.append(about | dict(what=what, ways=times, best=best, ours_s=ours_s, theirs_s=theirs_s, ratio=theirs_s / ours_s, cpu_ratio=median(times[best]["cpu_seconds"]) / median(times["ours"]["cpu_seconds"])))
+        middle = {name: (median(t["seconds"]), median(t["cpu_seconds"])) for name, t in times.items()}
+        ratio, cpu_ratio = (lambda name: middle[best][0] / middle[name][0]), (lambda name: middle[best][1] / middle[name][1])
+        if "ours, compiled" in times: compiled |= dict(ratio=ratio("ours, compiled"), cpu_ratio=cpu_ratio("ours, compiled"))
+        rows.append(about | dict(what=what, ways=times, best=best, ours_s=middle["ours"][0], theirs_s=middle[best][0], ratio=ratio("ours"), cpu_ratio=cpu_ratio("ours"), compiled=compiled))
     return rows, equality
 
-# %% ../../nbs/autoencoder/09_bench.ipynb #34da3f0f
-def bench_compiled(case: Case, repetitions: int, say: Callable[[str], None] = print) -> dict:
-    "Seconds to compile encoder and decoder, forward alone, and how much faster they are then; or what went wrong."
-    B, T, H, W = case.clip
-    video, eager, compiled = torch.rand(B, 3, T, H, W, generator=torch.Generator().manual_seed(1)), optimize(build(case.model)), optimize(build(case.model), compile=True)
-    about = dict(case=case.name, clip=list(case.clip))
-    say(f"{case.name}: compiling")
+def _compile(call: Callable[[], object]) -> dict:
+    "Seconds of the first call, or what went wrong: without a compiler, say, the rest of the record stands."
+    from torch._inductor import config
+    start = time.perf_counter()
     try:
-        with torch.no_grad():
-            start = time.perf_counter(); latent = compiled.encode(video); compiled.decode(latent, T)
-            seconds = time.perf_counter() - start
-    except Exception as e: return about | dict(missing=f"torch.compile failed here: {' '.join(str(e).split())[:160]}")      # no compiler, say: the rest of the record stands
-    rows = []
-    for what, calls in _calls({"eager": eager, "compiled": compiled}, video):
-        if what == "forward + backward": break
-        times = take_turns(calls, repetitions)
-        rows.append(dict(what=what, ways=times, ratio=median(times["eager"]["seconds"]) / median(times["compiled"]["seconds"])))
-    return about | dict(compile_s=seconds, rows=rows)
+        with config.patch(force_disable_caches=True): call()             # what an earlier process compiled would be read from disk
+    except Exception as e: return dict(missing=f"torch.compile failed here: {' '.join(str(e).split())[:160]}")
+    return dict(first_s=round(time.perf_counter() - start, 1))
 
 # %% ../../nbs/autoencoder/09_bench.ipynb #ff0aeb99
 _ENCODE = """import json, sys, time, torch
@@ -268,9 +267,8 @@ class AEBench:
     "How thoroughly to measure."
     threads: int = 2                       # of PyTorch
     repetitions: int = 3                   # of what is timed; the median counts
-    cases: tuple[Case, ...] = (Case("DC-AE, pocket", pocket(), (3, 12, 64, 64)), Case("DC-AE, half width", half_dcae(), (1, 8, 64, 64)),
-                               Case("causal, pocket", pocket_causal(), (3, 13, 64, 64)), Case("causal, half width", half_causal(), (1, 9, 64, 64)))
-    compiled: tuple[Case, ...] = (Case("DC-AE, pocket", pocket(), (3, 12, 64, 64)), Case("causal, pocket", pocket_causal(), (3, 13, 64, 64)))
+    cases: tuple[Case, ...] = (Case("DC-AE, pocket", pocket(), (3, 12, 64, 64), True), Case("DC-AE, half width", half_dcae(), (1, 8, 64, 64)),
+                               Case("causal, pocket", pocket_causal(), (3, 13, 64, 64), True), Case("causal, half width", half_causal(), (1, 9, 64, 64)))
     memory: tuple[int, int, int] | None = (128, 256, 256)     # T, H, W of the clip that the published model encodes in tiles
     memory_model: VideoDCAEConfig = VideoDCAEConfig()
     memory_tiling: Tiling = RELEASE
@@ -284,7 +282,7 @@ def quick(cfg: AEBench) -> AEBench:
     "Seconds instead of minutes: every line runs, no figure means much."
     dcae = VideoDCAEConfig(8, ("ResBlock", "ResBlock", "EViTS5_GLU"), (32, 64, 64), (1, 1, 1), (32, 64, 64), (1, 1, 1), (True, True, False), (True, True, False))
     causal = HunyuanVAEConfig((8, 16, 16, 16), layers_per_block=1, norm_num_groups=4)
-    return replace(cfg, repetitions=1, cases=(Case("DC-AE, tiny", dcae, (1, 8, 32, 32)), Case("causal, tiny", causal, (1, 9, 32, 32))), compiled=(),
+    return replace(cfg, repetitions=1, cases=(Case("DC-AE, tiny", dcae, (1, 8, 32, 32)), Case("causal, tiny", causal, (1, 9, 32, 32))),
                    memory=(16, 64, 64), memory_model=dcae, memory_tiling=Tiling(32, 8), gpu=(GPUCase("DC-AE, tiny", dcae, (2, 8, 32, 32)),))
 
 # %% ../../nbs/autoencoder/09_bench.ipynb #e7e3b5c6
@@ -308,7 +306,6 @@ def bench_ae(cfg: AEBench = AEBench(), command: str = "", say: Callable[[str], N
         for case in cfg.cases:
             rows, equality = bench_case(case, cfg.repetitions, say)
             result["rows"] += rows; result["equality"] += equality
-        result["compiled"] = [bench_compiled(case, cfg.repetitions, say) for case in cfg.compiled]
         result["others_share"] = others_share(before, processor_seconds())
         if cfg.memory:
             say(f"memory: {cfg.memory[0]} frames of {cfg.memory[1]} x {cfg.memory[2]} pixels, in tiles")
@@ -325,15 +322,15 @@ def report(result: dict) -> str:
     lines = [f"{m['cpu']}, {m['cores']} cores, {m['memory_gb']} GB, vectors {m['vectors']}; torch {m['versions']['torch']}, diffusers {m['versions']['diffusers']}; {s['threads']} threads, float32, medians of {s['repetitions']}; others used {result['others_share'] or 0:.0%} of the machine"]
     for r in result["rows"]:
         label = f"  {r['case'] + ', ' + ' x '.join(map(str, r['clip'])) + (', ' + r['what'] if 'what' in r else ''):52}"
-        lines.append(label + (f"{r['ours_s']:8.2f} s   {r['best']} {r['theirs_s']:8.2f} s   {r['ratio']:.2f} times ours on the clock, {r['cpu_ratio']:.2f} in seconds of processors" if "ratio" in r else f"{r['against']}: {r['missing']}"))
+        lines.append(label + (f"{r['ours_s']:8.2f} s   {r['best']} {r['theirs_s']:8.2f} s   {r['ratio']:.2f} times ours on the clock, {r['cpu_ratio']:.2f} in seconds of processors{_compiled(r['compiled'])}" if "ratio" in r else f"{r['against']}: {r['missing']}"))
     for e in result.get("elsewhere", ()): lines.append(f"another machine ({e['cpu']}, vectors {e['vectors']}, {e['date'][:10]}): " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in e["ratios"].items()))
     lines.append("largest differences, as a share of the largest number")
     for e in result["equality"]: lines.append(f"  {e['case'] + ', ' + e['what'] + ' against ' + e['against']:52}{e['largest_difference']:10.1e} ({'equal' if e['equal'] else 'NOT EQUAL'}: {e['allowed']:.0e} allowed)")
-    for c in result["compiled"]:
-        lines.append(f"torch.compile on this processor, {c['case']}: " + (c["missing"] if "missing" in c else f"{c['compile_s']:.0f} s to compile, then " + ", ".join(f"{r['what']} {r['ratio']:.2f} times as fast as without" for r in c["rows"])))
     if mem := result.get("memory"):
         lines.append(f"memory: {mem['clip'][0]} frames of {mem['clip'][1]} x {mem['clip'][2]} encoded in tiles: " + (mem["missing"] if "missing" in mem else f"{mem['peak_mb']:.0f} MB at the peak ({'under' if mem['peak_mb'] < mem['limit_mb'] else 'OVER'} {mem['limit_mb']:.0f}), {mem['before_mb']:.0f} MB before, {mem['seconds']:.0f} s" + (f" ({mem['note']})" if "note" in mem else "")))
     return "\n".join(lines + _gpu_lines(result["gpu"]))
+
+def _compiled(c: dict) -> str: return "" if not c else f"; {c['missing']}" if "missing" in c else f"; compiled {c['ratio']:.2f} and {c['cpu_ratio']:.2f}, after {c['first_s']:.0f} s"
 
 def _gpu_lines(gpu: dict) -> list[str]:
     if "missing" in gpu: return [f"GPU: {gpu['missing']}"]
@@ -352,8 +349,10 @@ def ratio_figure(result: dict, ax=None):
     ax = ax or plt.subplots(figsize=(8, 0.3 * len(rows) + 0.8), dpi=90)[1]
     for y, r in enumerate(rows):
         ax.barh(y, r["ratio"], color={"encode": "C0", "decode": "C1"}.get(r["what"], "C2"), edgecolor="white"); ax.plot(r["cpu_ratio"], y, "|", color="k", ms=9)
-        ax.text(max(r["ratio"], r["cpu_ratio"]), y, f"  {r['ratio']:.2f}   ({r['ours_s']:.2f} s, {r['best']} {r['theirs_s']:.2f} s)", va="center", fontsize=8)
+        compiled = r["compiled"].get("ratio")
+        if compiled: ax.plot(compiled, y, "o", color="k", mfc="white", ms=5)
+        ax.text(max(r["ratio"], r["cpu_ratio"], compiled or 0), y, f"  {r['ratio']:.2f}{f', compiled {compiled:.2f}' if compiled else ''}   ({r['ours_s']:.2f} s, {r['best']} {r['theirs_s']:.2f} s)", va="center", fontsize=8)
     ax.axvline(1, color="0.3", lw=1); ax.axvline(1.2, color="0.7", lw=1, ls=":")
     ax.set_yticks(range(len(rows)), [f"{r['case']}, {r['what']}" for r in rows], fontsize=8); ax.invert_yaxis(); ax.margins(x=0.45); ax.set_xlim(left=0)
-    ax.set_xlabel("their seconds / our seconds (black marks: seconds of processors)"); ax.spines[["top", "right"]].set_visible(False)
+    ax.set_xlabel("their seconds / our seconds (bars: the clock; black marks: seconds of processors; rings: compiled)"); ax.spines[["top", "right"]].set_visible(False)
     return ax
