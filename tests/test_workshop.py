@@ -85,6 +85,23 @@ def test_who_leaves_gets_the_clip_finished_and_what_waited_is_forgotten(tmp_path
         make.go.set(); until(lambda: make.finished); time.sleep(0.2)
         assert make.finished == [dict(n=1)]
 
+def test_leaving_in_the_middle_of_a_read_is_no_error_of_the_reading_thread(tmp_path, monkeypatch):
+    from multiprocessing.connection import Connection
+    read, reading, left, told = Connection._recv, threading.Event(), threading.Event(), []
+    def late(self, size, **how):
+        if threading.current_thread() is not threading.main_thread() and visitor and self is visitor[0]._connection: reading.set(); left.wait(60)
+        return read(self, size, **how)
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    make, heard, visitor = Steps(1), [], []
+    make.go.set()
+    with Workshop(make, tmp_path / "shop"):
+        visitor.append(Visitor(tmp_path / "shop", heard.append)); visitor[0].ask(dict(n=1)); until(lambda: "done" in kinds(heard))
+        monkeypatch.setattr(Connection, "_recv", late)
+        visitor[0].ask(dict(n=2)); assert reading.wait(60)
+        visitor[0].close(); left.set(); until(lambda: "gone" in kinds(heard) or told)
+        assert not told and visitor[0]._connection.closed
+        visitor[0].close()                                                                     # once more is nothing
+
 @pytest.mark.parametrize("message", [b"no json", b"[1]", b'{"do": "dance"}', b'{"do": "ask", "request": 3}'])
 def test_what_is_no_request_ends_that_visit_alone(tmp_path, message):
     make = Steps(1); make.go.set()

@@ -351,7 +351,7 @@ def ratio_figure(result: dict, ax=None):
         ax.barh(y, r["ratio"], color={"encode": "C0", "decode": "C1"}.get(r["what"], "C2"), edgecolor="white"); ax.plot(r["cpu_ratio"], y, "|", color="k", ms=9)
         compiled = r["compiled"].get("ratio")
         if compiled: ax.plot(compiled, y, "o", color="k", mfc="white", ms=5)
-        ax.text(max(r["ratio"], r["cpu_ratio"], compiled or 0), y, f"  {r['ratio']:.2f}{f', compiled {compiled:.2f}' if compiled else ''}   ({r['ours_s']:.2f} s, {r['best']} {r['theirs_s']:.2f} s)", va="center", fontsize=8)
+        ax.text(max(r["ratio"], r["cpu_ratio"], compiled or 0), y, f"    {r['ratio']:.2f}{f', compiled {compiled:.2f}' if compiled else ''}   ({r['ours_s']:.2f} s, {r['best']} {r['theirs_s']:.2f} s)", va="center", fontsize=8)
     ax.axvline(1, color="0.3", lw=1); ax.axvline(1.2, color="0.7", lw=1, ls=":")
     ax.set_yticks(range(len(rows)), [f"{r['case']}, {r['what']}" for r in rows], fontsize=8); ax.invert_yaxis(); ax.margins(x=0.45); ax.set_xlim(left=0)
     ax.set_xlabel("their seconds / our seconds (bars: the clock; black marks: seconds of processors; rings: compiled)"); ax.spines[["top", "right"]].set_visible(False)

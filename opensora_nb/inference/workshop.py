@@ -210,11 +210,10 @@ class Visitor:
     def cancel(self) -> None: self._say(dict(do="cancel"))
 
     def close(self) -> None:
-        "Leaves; the socket is shut, too, for a thread still reads from it, and would keep it open."
+        "Leaves. The socket is shut, and the thread that reads from it closes it: closed from here, it would be gone in the middle of a read."
         try:
             with socket.socket(fileno=os.dup(self._connection.fileno())) as line: line.shutdown(socket.SHUT_RDWR)
-        except OSError: pass                                                   # no socket: a pipe of Windows
-        self._connection.close()
+        except (OSError, TypeError): self._connection.close()                  # closed before; or no socket, but a pipe of Windows
 
     def _say(self, message: Mapping[str, Any]) -> None:
         try:
@@ -223,5 +222,6 @@ class Visitor:
 
     def _listen(self) -> None:
         try:
-            while True: self._heard(_receive(self._connection))
+            with self._connection:
+                while True: self._heard(_receive(self._connection))
         except (EOFError, OSError, ValueError): self._heard(dict(event="gone"))
