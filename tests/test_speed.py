@@ -38,7 +38,17 @@ def test_winograd_over_time_is_the_convolution_forward_and_backward(everywhere, 
     near(ours, plain)
     assert not ours._is_view() and ours.is_contiguous(memory_format=torch.channels_last_3d), "a layer behind it may add in place"
     weigh, wrt = torch.randn(plain.shape, generator=g), [t for t in (x, w, b) if t is not None]
-    for a, c in zip(gradients(ours, weigh, wrt), gradients(plain, weigh, wrt)): near(a, c)
+    traced = speed._traced_winograd(x, w, b, padding, stride)
+    near(traced, plain)
+    for a, c, d in zip(gradients(ours, weigh, wrt), gradients(plain, weigh, wrt), gradients(traced, weigh, wrt)): near(a, c); near(d, c)
+
+@pytest.mark.parametrize("size, chosen", [((1, 32, 6, 32, 32), False), ((2, 32, 6, 64, 64), True), ((1, 640, 2, 8, 8), False)])
+def test_a_compiler_is_given_winograd_where_it_pays(size, chosen):
+    torch.compiler.reset()
+    x, w, seen = torch.zeros(size), torch.zeros(size[1], size[1], 3, 3, 3), []
+    def look(graph, _): seen.extend(str(node.target) for node in graph.graph.nodes); return graph.forward
+    assert torch.compile(lambda x, w: convolution(x, w, None, (1, 1, 1)), backend=look, fullgraph=True)(x, w).shape == x.shape
+    assert any("conv2d" in s for s in seen) == chosen and any("conv3d" in s for s in seen) != chosen
 
 @pytest.mark.parametrize("size, stride, chosen", [((1, 64, 6, 64, 64), (1, 1, 1), True), ((1, 64, 6, 64, 64), (1, 2, 2), False), ((1, 64, 2, 32, 32), (1, 1, 1), False), ((1, 640, 2, 12, 16), (1, 1, 1), False)])
 def test_winograd_is_chosen_where_it_pays(monkeypatch, size, stride, chosen):

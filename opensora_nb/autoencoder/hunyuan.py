@@ -112,12 +112,41 @@ class _Pad(torch.autograd.Function):
         return grad.to(ctx.dtype), slope.sum((0, 2, 3, 4)).to(weight.dtype), level.sum((0, 2, 3, 4)).to(bias.dtype), *[None] * 4
 
 # %% ../../nbs/autoencoder/02_hunyuan.ipynb #aa81c9a1
+def _traced_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    "Group norm and SiLU, channels last: `(B, C, T, H, W)` to `(B, T, H, W, C)`. Moments as in `group_moments`, over groups by a matrix."
+    x, wide = x.permute(0, 2, 3, 4, 1), (slice(None), None, None, None)
+    group = torch.arange(norm.num_channels, device=x.device) // (norm.num_channels // norm.num_groups)
+    same = (group[:, None] == group).to(x.dtype) * (norm.num_groups / norm.num_channels)
+    mean = x.mean((1, 2, 3))
+    spread, centre = (x - mean[wide]).square().mean((1, 2, 3)), mean @ same
+    a = norm.weight * torch.rsqrt((spread + (mean - centre).square()) @ same + norm.eps)
+    return F.silu(x * a[wide] + (norm.bias - centre * a)[wide])
+
+class _TracedPad(torch.autograd.Function):
+    "Padding of `(B, T, H, W, C)` for a compiler: copies by index, and a way back that scatters nothing."
+    @staticmethod
+    def forward(ctx, x, front, edge):
+        ctx.room = (front, 0), (edge, edge), (edge, edge)
+        t, h, w = (torch.arange(-before, n + after, device=x.device).clamp(0, n - 1) for n, (before, after) in zip(x.shape[1:4], ctx.room))
+        return x[:, t[:, None, None], h[:, None], w]
+
+    @staticmethod
+    def backward(ctx, grad):
+        for dim, (before, after) in enumerate(ctx.room, 1):
+            n = grad.shape[dim] - before - after
+            if n == 1: grad = grad.sum(dim, keepdim=True)
+            elif before or after: grad = torch.cat([part.sum(dim, keepdim=True) if k != 1 else part for k, part in enumerate(grad.split([before + 1, n - 2, after + 1], dim))], dim)
+        return grad, None, None
+
 def causal_pad(x: Tensor, front: int, edge: int, norm: nn.GroupNorm | None = None) -> Tensor:
     """`front` copies of the first frame before it and `edge` copies of the border pixels around: `(B, C, T, H, W)` to `(B, C, front + T, H + 2 edge, W + 2 edge)`.
 
     norm: applied first, with a SiLU behind it. The result is in channels-last memory, and in the type of autocast where that is on.
     """
-    if torch.compiler.is_compiling(): return F.pad(x if norm is None else F.silu(norm(x)), (edge,) * 4 + (front, 0), mode="replicate")
+    if torch.compiler.is_compiling():
+        exact = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if exact: return _TracedPad.apply(x.permute(0, 2, 3, 4, 1) if norm is None else _traced_norm(x, norm), front, edge).permute(0, 4, 1, 2, 3)
+        return F.pad(x if norm is None else F.silu(norm(x)), (edge,) * 4 + (front, 0), mode="replicate")
     if norm is None: return _Pad.apply(x, None, None, 0, 0.0, front, edge)
     return _Pad.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps, front, edge)
 
@@ -192,9 +221,11 @@ class _Weave(torch.autograd.Function):
 def _interleaved(parts: list[Tensor]) -> Tensor:
     "The same for a compiler, which stumbles over writes with a stride: parts of even and odd frames (where there are two kinds), of even and odd rows, of even and odd columns."
     pair = lambda a, b, dim: torch.stack((a, b), dim + 1).flatten(dim, dim + 1)
-    rows = [pair(a, b, 4) for a, b in zip(parts[::2], parts[1::2])]
-    frames = [pair(a, b, 3) for a, b in zip(rows[::2], rows[1::2])]
-    return frames[0] if len(frames) == 1 else torch.cat([pair(frames[0][:, :, :-1], frames[1], 2), frames[0][:, :, -1:]], 2)
+    parts = [part.permute(0, 2, 3, 4, 1) for part in parts]                             # channels innermost, as they lie in memory
+    rows = [pair(a, b, 3) for a, b in zip(parts[::2], parts[1::2])]
+    frames = [pair(a, b, 2) for a, b in zip(rows[::2], rows[1::2])]
+    out = frames[0] if len(frames) == 1 else torch.cat([pair(frames[0][:, :-1], frames[1], 1), frames[0][:, -1:]], 1)
+    return out.permute(0, 4, 1, 2, 3)
 
 def _merged(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     "A kernel of three taps along `dim` as two of two taps: for even outputs and for odd ones."
