@@ -81,11 +81,12 @@ def test_a_process_that_fails_is_a_line():
 
 def test_compiled_calls_are_a_way_of_ours_and_a_compiler_that_fails_is_a_line(monkeypatch):
     compile = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile(self, backend="eager"))            # the tracing without the generating of code
-    rows, _ = bench_case(Case("tiny", TINY, (1, 4, 16, 16), True), 1, say=lambda line: None)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile(self, backend="eager", **how))            # the tracing without the generating of code
+    rows, equality = bench_case(Case("tiny", TINY, (1, 4, 16, 16), True), 1, say=lambda line: None)
+    assert [(e["case"], e["what"]) for e in equality if e["equal"]] == [(case, what) for case in ("tiny", "tiny, compiled") for what in ("latent", "video", "gradient")]
     for row in rows: assert list(row["ways"]) == ["ours", "ours, compiled", "plain twin"] and row["compiled"]["first_s"] >= 0 and row["compiled"]["ratio"] > 0 and row["best"] == "plain twin"
     def broken(self): raise RuntimeError("no C++\ncompiler")
-    def fails(self): self._compiled_call_impl = lambda *args, **kwargs: broken(self)
+    def fails(self, **how): self._compiled_call_impl = lambda *args, **kwargs: broken(self)
     monkeypatch.setattr(torch.nn.Module, "compile", fails)
     rows, _ = bench_case(Case("tiny", TINY, (1, 4, 16, 16), True), 1, say=lambda line: None)
     for row in rows: assert row["compiled"] == dict(missing="torch.compile failed here: no C++ compiler") and list(row["ways"]) == ["ours", "plain twin"] and row["ratio"] > 0

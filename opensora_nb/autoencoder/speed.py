@@ -310,7 +310,7 @@ class FastDepthwise(Depthwise):
 def optimize(model: nn.Module, device: torch.device | str | None = None, compile: bool = False) -> nn.Module:
     """The autoencoder on `device` (None: where it is), changed in place to run faster, and returned; same outputs up to rounding, same parameters and names.
 
-    compile: `torch.compile` encoder and decoder too; the first call of each shape takes long. May be called again, after loading other weights or moving.
+    compile: `torch.compile` encoder and decoder too, anew for each shape, whose first call takes long; after eight shapes PyTorch leaves others as they are. May be called again, after loading other weights or moving.
     """
     model.to(device=device, memory_format=torch.channels_last_3d)
     for module in list(model.modules()):
@@ -319,7 +319,8 @@ def optimize(model: nn.Module, device: torch.device | str | None = None, compile
             elif type(layer) is Down: setattr(module, name, FoldedDown(layer))
             elif type(layer) is Depthwise: setattr(module, name, FastDepthwise(layer))
             elif type(layer) in (nn.Conv3d, Conv3d) and _plain(layer): setattr(module, name, FastConv3d(layer))
-    if compile: model.encoder.compile(); model.decoder.compile()
+    if compile:
+        for part in (model.encoder, model.decoder): part.compile(dynamic=False)       # code for all lengths at once is slower, and PyTorch 2.13 fails at it where there are gradients
     return model
 
 def _plain(conv: nn.Conv3d) -> bool:
