@@ -320,7 +320,7 @@ def optimize(model: nn.Module, device: torch.device | str | None = None, compile
             elif type(layer) is Depthwise: setattr(module, name, FastDepthwise(layer))
             elif type(layer) in (nn.Conv3d, Conv3d) and _plain(layer): setattr(module, name, FastConv3d(layer))
     if compile:
-        for part in (model.encoder, model.decoder): part.compile(dynamic=False)       # code for all lengths at once is slower, and PyTorch 2.13 fails at it where there are gradients
+        for part in (model.encoder, model.decoder): part.compile(dynamic=False)       # at code for all lengths at once PyTorch 2.13 fails where there are gradients
     return model
 
 def _plain(conv: nn.Conv3d) -> bool:
